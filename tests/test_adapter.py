@@ -1,0 +1,331 @@
+"""The method: sizes, formulas, default and official rows, what training may change, files."""
+import pytest
+import torch
+from conftest import TINY, ByteTokenizer, close, published_tensors, random_adapter, recipe, write_checkpoint
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from adapter import OFFICIAL_NAMES, AdapterConfig, MSEAdapter, MultimodalLLM, load_adapter, save_adapter
+from data import TASKS, Batch, preset
+from model import load_llm
+
+PAIRS = [("llama", "meld"), ("qwen", "simsv2"), ("qwen2", "cherma"), ("chatglm", "mosei")]
+AUDIO, VIDEO = 5, 7                                                     # features of a frame
+TEXTS = ["", "Oh!", "I can't believe it: she left me. Again!", "好吧，真是太“好”了。", "x" * 90]
+AUDIO_LEN, VIDEO_LEN = [0, 3, 11, 6, 1], [4, 0, 1, 9, 0]                # 0: the modality is missing
+
+
+def features(kind: str, width: int, lengths: list, noise: bool):
+    """Frames of all rows, (B, L, width), and their lengths; behind those, zeros up to the longest or much noise."""
+    real = [recipe(f"{kind}.{n}", (12, width), 1.0)[:length] for n, length in lengths]
+    x = recipe(f"noise.{kind}", (len(real), 12 if noise else max(1, *map(len, real)), width), float(noise))
+    for row, frames in zip(x, real):
+        row[:len(frames)] = frames
+    return x, torch.tensor([len(frames) for frames in real])
+
+
+def rows(task, numbers, noise: bool = False) -> Batch:
+    """These rows of five as a batch."""
+    labels = [1, 0, 3, 6, 2] if task.labels else [-1.0, 0.4, 0.0, 0.6, -0.2]
+    audio = features("audio", AUDIO, [(n, AUDIO_LEN[n]) for n in numbers], noise)
+    video = features("video", VIDEO, [(n, VIDEO_LEN[n]) for n in numbers], noise)
+    return Batch([TEXTS[n] for n in numbers], *audio, *video, [labels[n] for n in numbers])
+
+
+def make(llm, task, official=False, tokens=3) -> MultimodalLLM:
+    config = AdapterConfig(llm.config.dim, AUDIO, VIDEO, audio_hidden=6, video_hidden=4, pseudo_tokens=tokens)
+    return MultimodalLLM(llm, random_adapter(config), ByteTokenizer(), TASKS[task], official)
+
+
+@pytest.fixture(params=PAIRS, ids="-".join)
+def net(request, tiny) -> MultimodalLLM:
+    family, task = request.param
+    return make(tiny[family], task)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The adapter alone
+
+
+COUNTS = {
+    ("llama", 4096): dict(mosei=2_631_692, simsv2=2_680_716, meld=2_632_844, cherma=2_842_380),
+    ("chatglm", 4096): dict(mosei=2_631_692, simsv2=2_680_716, meld=2_632_844, cherma=2_842_380),
+    ("qwen", 2048): dict(mosei=1_351_244, simsv2=1_400_268, meld=1_312_072, cherma=1_561_932),
+}
+
+
+@pytest.mark.parametrize("family, dim", COUNTS)
+def test_trainable_parameters_at_the_published_sizes(family, dim):
+    for name, count in COUNTS[family, dim].items():
+        task, p = TASKS[name], preset(name, family)
+        with torch.device("meta"):
+            adapter = MSEAdapter(AdapterConfig(
+                dim, task.audio_dim, task.video_dim, p.audio_hidden, p.video_hidden, p.pseudo_tokens))
+        assert sum(p.numel() for p in adapter.parameters() if p.requires_grad) == count
+
+
+def slow_encoder(w, kind, x):
+    """x (L, D) -> (256,): the LSTM's equations, frame by frame; gates in the order input, forget, cell, output."""
+    w = {name.removeprefix(kind + "."): p for name, p in w.items() if name.startswith(kind)}
+    h = c = torch.zeros(w["rnn.weight_hh_l0"].size(1), dtype=torch.float64)
+    for frame in x.double():
+        z = w["rnn.weight_ih_l0"] @ frame + w["rnn.bias_ih_l0"] + w["rnn.weight_hh_l0"] @ h + w["rnn.bias_hh_l0"]
+        i, f, g, o = z.chunk(4)
+        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        h = o.sigmoid() * c.tanh()
+    return w["linear.weight"] @ h + w["linear.bias"]
+
+
+def slow_pseudo_tokens(net, batch, n):
+    """The paper's formulas for row n, without its padding, in fp64 -> (P, C)."""
+    w = {name: p.detach().double() for name, p in net.adapter.named_parameters()}
+    ids = net.tokenizer.encode(batch.text[n])[:net.task.text_len]
+    mean = net.llm.embed(torch.tensor(ids, dtype=torch.long)).double().sum(0) / max(1, len(ids))
+    t = w["mixer.text.weight"] @ mean + w["mixer.text.bias"]
+    m = slow_encoder(w, "audio", batch.audio[n, :batch.audio_len[n]]) * t
+    m = m + slow_encoder(w, "video", batch.video[n, :batch.video_len[n]]) * t
+    fused = w["fusion.join.bias"]
+    for i in range(3):
+        a, b, c, d = (w[f"fusion.scales.{i}.{layer}.{kind}"] for layer in (0, 2) for kind in ("weight", "bias"))
+        z = a @ m + b
+        fused = fused + w["fusion.join.weight"][0, i] * (c @ (z * 0.5 * (1 + torch.erf(z / 2 ** 0.5))) + d)
+    h = w["project.weight"] @ fused + w["project.bias"]
+    return torch.stack([scale * h + shift for (scale,), shift in zip(w["spread.weight"], w["spread.bias"])])
+
+
+def test_pseudo_tokens_are_the_papers_formulas(net):
+    batch = rows(net.task, range(5))
+    pseudo = net.pseudo_tokens(batch).detach()
+    assert pseudo.shape == (5, 3, net.llm.config.dim)
+    for n in range(5):
+        close(pseudo[n], slow_pseudo_tokens(net, batch, n))
+
+
+def test_every_parameter_has_its_official_name(net):
+    assert set(OFFICIAL_NAMES) == set(dict(net.adapter.named_parameters())) == set(net.adapter.state_dict())
+    assert len(set(OFFICIAL_NAMES.values())) == len(OFFICIAL_NAMES)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows
+
+
+def slow_loss(net, batch, n):
+    """The loss of row n, written out: its parts in order, all positions through the head, the label's picked."""
+    words, encode = net.task.wording(net.llm.config.family), net.tokenizer.encode
+    before = [net.tokenizer.token_id(name) for name in words.bos] + encode(words.open)
+    text, label = encode(batch.text[n])[:net.task.text_len], encode(words.label(batch.label[n]))
+    before, after = (net.llm.embed(torch.tensor(ids)) for ids in (
+        before, text + encode(words.close) + encode(words.prompt) + label))
+    x = torch.cat([before, slow_pseudo_tokens(net, batch, n).float(), after])
+    logprob = net.llm.logits(net.llm(x[None]))[0].log_softmax(dim=-1)
+    start = len(x) - len(label)
+    return -sum(logprob[start + k - 1, token] for k, token in enumerate(label)) / len(label)
+
+
+def test_loss_is_the_mean_over_rows_of_the_labels_cross_entropy(net):
+    batch = rows(net.task, range(5))
+    lengths = {len(net.tokenizer.encode(net.label_text(y))) for y in batch.label}
+    assert net.task.labels or net.llm.config.family == "qwen" or len(lengths) > 1       # "-1.0" and "0.4" in one batch
+    close(net.loss(batch).detach(), torch.stack([slow_loss(net, batch, n) for n in range(5)]).mean())
+
+
+def test_a_row_does_not_depend_on_its_batch(net):
+    with torch.no_grad():
+        batch = rows(net.task, range(5))
+        alone = [rows(net.task, [n]) for n in range(5)]
+        losses = torch.stack([net.loss(one) for one in alone])
+        close(net.loss(batch), losses.mean())
+        for n in range(5):                                              # with a row of quite another length beside it
+            close(2 * net.loss(rows(net.task, [n, 4 - n])) - losses[4 - n], losses[n], 2e-5)
+        assert torch.cat([net.pseudo_tokens(one) for one in alone]).sub(net.pseudo_tokens(batch)).abs().max() < 1e-5
+        assert [net.answer(one)[0] for one in alone] == net.answer(batch)
+        assert losses.std() > 1e-3                                      # the rows do differ
+
+
+def test_what_stands_behind_a_features_length_does_not_matter(net):
+    batch, noisy = rows(net.task, range(5)), rows(net.task, range(5), noise=True)
+    assert noisy.audio.shape[1] > batch.audio.shape[1] and noisy.audio[0].abs().min() > 0
+    assert torch.equal(net.loss(batch), net.loss(noisy))
+    assert net.answer(batch) == net.answer(noisy)
+
+
+def test_a_missing_modality_gives_finite_gradients(net):
+    missing = Batch(["", "no voice, no face"], torch.zeros(2, 1, AUDIO), torch.tensor([0, 0]), torch.zeros(2, 1, VIDEO),
+                    torch.tensor([0, 0]), rows(net.task, [0, 1]).label)
+    net.loss(missing).backward()
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in net.adapter.parameters())
+    assert net.adapter.audio.rnn.weight_ih_l0.grad.abs().max() == 0
+
+
+def text_mean(net, batch):
+    """What the Text-Guide-Mixer gets of the text, (B, C)."""
+    seen = []
+    handle = net.adapter.mixer.register_forward_hook(lambda part, inputs, output: seen.append(inputs[0]))
+    net.pseudo_tokens(batch)
+    handle.remove()
+    return seen[0]
+
+
+def test_pads_count_in_official_mode_alone(tiny):
+    llm, task = tiny["llama"], TASKS["meld"]
+    for official in (False, True):
+        net, batch = make(llm, "meld", official), rows(task, range(5))
+        for n, text in enumerate(batch.text):
+            ids = net.tokenizer.encode(text)[:65]
+            ids = [net.tokenizer.token_id("<unk>")] * (65 - len(ids) if official else 0) + ids
+            mean = llm.embed(torch.tensor(ids, dtype=torch.long)).sum(0) / max(1, len(ids))
+            close(text_mean(net, batch)[n], mean)
+        x, mask, _ = net.inputs(batch)
+        P, prompt = 3, len(net.before) + len(net.after)
+        real = [prompt + P + (65 if official else min(65, len(text.encode()))) for text in batch.text]
+        assert x.size(1) == max(real)
+        assert mask is None if official else mask.sum(1).tolist() == real and bool(mask[:, -1].all())
+
+
+def test_official_wording_differs_where_the_release_does(tiny):
+    ours, theirs = make(tiny["llama"], "meld"), make(tiny["llama"], "meld", official=True)
+    bos = ours.tokenizer.token_id("<s>")
+    assert theirs.before == [bos] + ours.before and ours.before.count(bos) == 1
+    prompt = ours.tokenizer.decode(theirs.after)
+    assert "from the" + " " * 45 + "target set" in prompt
+    assert ours.tokenizer.decode(ours.after) == prompt.replace(" " * 45, " ")
+
+
+def test_label_text(tiny):
+    assert [make(tiny["qwen"], "simsv2").label_text(y) for y in (0.4, -1.0, 0.0)] == ["+0.4", "-1.0", "+0.0"]
+    assert [make(tiny["llama"], "mosei").label_text(y) for y in (0.4, -1.0, 0.0)] == ["0.4", "-1.0", "0.0"]
+    assert [make(tiny["qwen"], "cherma").label_text(y) for y in (0, 6)] == ["0", "6"]
+
+
+def test_answer_is_the_greedy_continuation_up_to_the_end_token(net):
+    net.answer_len = 6
+    batch = rows(net.task, [2, 0])
+    x, mask, _ = net.inputs(batch)
+    ids = net.llm.generate(x, 6, mask).tolist()
+    net.eos_id = ids[0][2]
+    assert net.eos_id not in ids[0][:2]
+    expected = [row[:row.index(net.eos_id)] if net.eos_id in row else row for row in ids]
+    assert net.answer(batch) == [net.tokenizer.decode(row) for row in expected]
+
+
+def test_label_logprobs_score_every_legal_label(net):
+    batch = rows(net.task, [2, 0, 3])
+    scores = []
+    for text in net.task.wording(net.llm.config.family).labels:
+        label = net.tokenizer.encode(text)
+        x, mask, _ = net.inputs(batch, [label] * 3)
+        logprob = net.llm.logits(net.llm(x, mask)[:, -len(label) - 1:-1]).log_softmax(dim=-1)
+        scores.append(sum(logprob[:, k, token] for k, token in enumerate(label)))
+    close(net.label_logprobs(batch), torch.stack(scores, dim=1).log_softmax(dim=1).detach(), 1e-4)
+
+
+def test_what_does_not_fit_together_is_refused(tiny):
+    config = AdapterConfig(40, AUDIO, VIDEO, 6, 4, 3)
+    with pytest.raises(ValueError, match="width 40, .* 36"):
+        MultimodalLLM(tiny["llama"], MSEAdapter(config), ByteTokenizer(), TASKS["meld"])
+    tokenizer = ByteTokenizer()
+    tokenizer.size = 272
+    with pytest.raises(ValueError, match="272 ids, .* 271 rows"):
+        MultimodalLLM(tiny["llama"], random_adapter(AdapterConfig(36, AUDIO, VIDEO, 6, 4, 3)), tokenizer, TASKS["meld"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def test_training_changes_the_adapter_alone(net):
+    llm, batch = net.llm, rows(net.task, range(5))
+    prompt = llm.embed(torch.tensor([net.tokenizer.encode("Once upon a time")]))
+    before = {name: p.clone() for name, p in llm.state_dict().items()}
+    start = {name: p.clone() for name, p in net.adapter.state_dict().items()}
+    hidden, text = llm(prompt), llm.generate(prompt, 12)
+    assert {name for name, p in net.named_parameters() if p.requires_grad} == {f"adapter.{name}" for name in start}
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)            # handed the backbone too: it has no gradient
+    losses = []
+    for _ in range(4):
+        losses.append(net.loss(batch, recompute=2))
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < losses[0] and all(p.grad is None for p in llm.parameters())
+    assert not any(torch.equal(p, start[name]) for name, p in net.adapter.state_dict().items())
+    assert all(torch.equal(p, before[name]) for name, p in llm.state_dict().items())
+    assert torch.equal(llm(prompt), hidden) and torch.equal(llm.generate(prompt, 12), text)
+
+
+def test_recomputation_does_not_change_the_gradients(net):
+    batch, gradients = rows(net.task, range(5)), []
+    for n in (0, 1, 3):
+        net.zero_grad()
+        net.loss(batch, recompute=n).backward()
+        gradients.append([p.grad for p in net.adapter.parameters()])
+    assert all(torch.equal(a, b) for other in gradients[1:] for a, b in zip(gradients[0], other))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+@pytest.fixture
+def saved(tiny, tmp_path):
+    """A saved adapter: its net and its file."""
+    net = make(tiny["llama"], "meld")
+    save_adapter(tmp_path / "adapter.safetensors", net)
+    return net, tmp_path / "adapter.safetensors"
+
+
+@pytest.mark.parametrize("official", [False, True])
+def test_round_trip(tiny, official, tmp_path):
+    for family, task in PAIRS:
+        net, file = make(tiny[family], task, official), tmp_path / f"{family}.safetensors"
+        save_adapter(file, net)
+        again = load_adapter(file, net.llm, net.tokenizer, net.task, official)
+        tensors, batch = net.adapter.state_dict(), rows(net.task, range(5))
+        assert all(torch.equal(p, tensors[name]) for name, p in again.adapter.state_dict().items())
+        assert again.adapter.config == net.adapter.config and again.official == official
+        assert torch.equal(again.loss(batch), net.loss(batch)) and again.answer(batch) == net.answer(batch)
+
+
+def refused(net, file, *words, llm=None, task="meld", official=False):
+    with pytest.raises(ValueError) as error:
+        load_adapter(file, llm or net.llm, net.tokenizer, TASKS[task], official)
+    for word in [file.name, *words]:
+        assert word in str(error.value), f"{word!r} is not in: {error.value}"
+
+
+def test_another_backbone_task_or_mode_is_refused(saved, tiny, tmp_path):
+    net, file = saved
+    twin = load_llm(write_checkpoint(tmp_path / "twin", TINY["llama"], published_tensors(TINY["llama"], "twin.")))
+    refused(net, file, "backbone", net.llm.fingerprint, twin.fingerprint, llm=twin)
+    refused(net, file, "backbone", "llama", "chatglm", llm=tiny["chatglm"])
+    refused(net, file, "task", "'meld'", "'cherma'", task="cherma")
+    refused(net, file, "mode", "'default'", "'official'", official=True)
+
+
+@pytest.mark.parametrize("damage, words", [
+    (lambda t: t.pop("project.bias"), ["missing: project.bias"]),
+    (lambda t: t.update({"project.extra": torch.ones(1)}), ["unexpected: project.extra"]),
+    (lambda t: t.update({"project.bias": torch.ones(35)}), ["project.bias", "[35]", "[36]"]),
+    (lambda t: t["project.bias"].add_(1e-3), ["sha256"]),
+], ids=["missing", "extra", "misshapen", "changed"])
+def test_other_tensors_are_refused(saved, damage, words):
+    net, file = saved
+    tensors = load_file(file)
+    with safe_open(file, "pt") as opened:
+        meta = opened.metadata()
+    damage(tensors)
+    save_file(tensors, file, metadata=meta)
+    refused(net, file, *words)
+
+
+def test_other_files_are_refused(saved):
+    net, file = saved
+    tensors = load_file(file)
+    save_file(tensors, file)
+    refused(net, file, "format", "None", "'mse-adapter 1'")
+    for content in (b"", b"not one", file.read_bytes()[:-9]):
+        file.write_bytes(content)
+        refused(net, file, "not a saved adapter")
+    file.unlink()
+    refused(net, file)

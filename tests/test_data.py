@@ -1,0 +1,664 @@
+"""Data sets in both layouts and every spelling; batches; odd values; the check; finding and fetching files."""
+import contextlib
+import http.server
+import importlib.util
+import io
+import json
+import multiprocessing
+import pickle
+import re
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import HERE, need_shared
+
+import data
+from data import FEATURES, SPLITS, TASKS, DataError, batches, clean, collate, find_data, find_llm, load_split
+
+pytestmark = pytest.mark.filterwarnings("error")            # a warning is a failure
+SIZES = dict(train=7, valid=3, test=4)
+
+
+def make_rows(task, n: int, seed: int = 0, audio_dim=None, video_dim=None) -> list:
+    """Rows in the first layout: at the published shapes if no widths are given, zero behind each length."""
+    rng, rows = np.random.default_rng(seed), []
+    for i in range(n):
+        features = {"text": f"{task.name} {seed} {i}, 你好"}
+        for kind, dim in (("audio", audio_dim), ("video", video_dim)):
+            frames = getattr(task, f"{kind}_len") if dim is None else 6
+            length = int(rng.integers(1, frames + 1))
+            x = rng.standard_normal((frames, dim or getattr(task, f"{kind}_dim")), dtype=np.float32)
+            x[length:] = 0
+            features |= {kind: x, f"{kind}_len": length}
+        y = rng.integers(len(task.labels)) if task.labels else rng.integers(10 * task.range[0], 10 * task.range[1] + 1)
+        rows.append({"label": task.labels[y] if task.labels else float(np.float32(y / 10)), "features": features})
+    return rows
+
+
+def make_table(task, rows: list) -> dict:
+    """The same in the second layout."""
+    column = {key: [row["features"][key] for row in rows] for key in rows[0]["features"]}
+    return {"raw_text": column["text"], "audio": np.stack(column["audio"]), "vision": np.stack(column["video"]),
+            "audio_lengths": column["audio_len"], "vision_lengths": column["video_len"],
+            "id": [f"clip {text}" for text in column["text"]],
+            "labels" if task.labels else "regression_labels":
+                [row["label"] for row in rows] if task.labels else np.array([row["label"] for row in rows], np.float32)}
+
+
+def write(folder: Path, task, splits: dict, protocol: int = 4) -> Path:
+    """A data set under its published names; returns the folder."""
+    for name in set(task.files.values()):
+        file = folder / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        here = {split: part for split, part in splits.items() if task.files[split] == name}
+        with open(file, "wb") as out:
+            pickle.dump(here if len(set(task.files.values())) == 1 else here.popitem()[1], out, protocol)
+    return folder
+
+
+def make_splits(task, layout: str = "rows", **widths) -> dict:
+    splits = {split: make_rows(task, n, seed, **widths) for seed, (split, n) in enumerate(SIZES.items())}
+    return splits if layout == "rows" else {split: make_table(task, rows) for split, rows in splits.items()}
+
+
+def check(capsys, *argv) -> tuple[int, str, str]:
+    """`python data.py ...` in this process: exit code, what was printed, what was complained about."""
+    code = data.main(list(map(str, argv)))
+    printed = capsys.readouterr()
+    return code, printed.out, printed.err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Layouts
+
+
+@pytest.mark.parametrize("layout", ["rows", "table"])
+@pytest.mark.parametrize("name", TASKS)
+def test_every_task_in_both_layouts_at_the_published_shapes(tmp_path, capsys, name, layout):
+    task = TASKS[name]
+    write(tmp_path, task, make_splits(task, layout))
+    code, out, err = check(capsys, name, "--data-dir", tmp_path)
+    assert (code, err) == (0, "") and out.count(f"({task.audio_len}, {task.audio_dim}) (as published), float32") == 3
+    for seed, split in enumerate(SPLITS):
+        ours, rows = load_split(task, tmp_path, split), make_rows(task, SIZES[split], seed)
+        assert len(ours) == len(rows)
+        for i, row in enumerate(rows):
+            features = row["features"]
+            assert ours.text[i] == features["text"] and data.number(task, row["label"]) == ours.label[i]
+            for kind in FEATURES:
+                assert getattr(ours, f"{kind}_len")[i] == features[f"{kind}_len"]
+                assert np.array_equal(getattr(ours, kind)[i], features[kind])
+        assert ours.id == [f"clip {text}" if layout == "table" else str(i) for i, text in enumerate(ours.text)]
+    assert capsys.readouterr().err == ""
+
+
+SPELLINGS = {       # of a table's columns: none changes what is read
+    "texts in an object array": lambda t: t.update(raw_text=np.array(t["raw_text"], object)),
+    "texts in a fixed-width array": lambda t: t.update(raw_text=np.array(t["raw_text"])),
+    "texts as bytes, some long": lambda t: t.update(raw_text=[x.encode() for x in t["raw_text"]]),
+    "texts in a big-endian array": lambda t: t.update(raw_text=np.array(t["raw_text"], ">U400")),
+    "texts as a column of one": lambda t: t.update(raw_text=np.array(t["raw_text"])[:, None]),
+    "ids as bytes": lambda t: t.update(id=np.array([x.encode() for x in t["id"]])),
+    "lengths in an array": lambda t: t.update(audio_lengths=np.array(t["audio_lengths"], ">i2")),
+    "lengths as floats": lambda t: t.update(audio_lengths=np.array(t["audio_lengths"], float)),
+    "lengths as numpy scalars": lambda t: t.update(vision_lengths=[np.int64(n) for n in t["vision_lengths"]]),
+    "lengths in small arrays": lambda t: t.update(vision_lengths=[np.array([n]) for n in t["vision_lengths"]]),
+    "labels in a list": lambda t: t.update(regression_labels=t["regression_labels"].tolist()),
+    "labels as a column": lambda t: t.update(regression_labels=t["regression_labels"][:, None].astype(">f8")),
+    "big-endian": lambda t: t.update(audio=t["audio"].astype(">f4"), vision=t["vision"].astype(">f8")),
+    "Fortran order": lambda t: t.update(audio=np.asfortranarray(t["audio"]), vision=np.asfortranarray(t["vision"])),
+    "float64": lambda t: t.update(audio=t["audio"].astype(float)),
+    "float16": lambda t: t.update(audio=t["audio"].astype(np.float16)),
+    "integers": lambda t: t.update(vision=(10 * t["vision"]).astype("i1")),
+    "a list of arrays": lambda t: t.update(audio=list(t["audio"]), vision=tuple(t["vision"])),
+    "other columns": lambda t: t.update(text_bert=np.zeros((3, 3, 50)), annotations=["Neutral"] * 3),
+}
+
+
+@pytest.mark.parametrize("protocol", [2, 5])
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_spellings_of_a_table(tmp_path, spelling, protocol):
+    task = TASKS["mosei"]
+    splits = make_splits(task, "table", audio_dim=5, video_dim=3)
+    splits["valid"]["raw_text"][1] = "long " * 70           # bytes beyond 255 come from the reader as a view
+    SPELLINGS[spelling](splits["valid"])
+    ours = load_split(task, write(tmp_path, task, splits, protocol), "valid")
+    rows = make_rows(task, SIZES["valid"], 1, audio_dim=5, video_dim=3)
+    assert ours.text == [rows[0]["features"]["text"], "long " * 70, rows[2]["features"]["text"]]
+    assert ours.label == [row["label"] for row in rows] and {type(y) for y in ours.label} == {float}
+    assert ours.id[0] == f"clip {ours.text[0]}"
+    assert ours.audio_len == [row["features"]["audio_len"] for row in rows] and type(ours.audio_len[0]) is int
+    assert ours.video_len == [row["features"]["video_len"] for row in rows]
+    batch = collate(ours, [0, 1, 2])
+    for i, row in enumerate(rows):
+        for kind in FEATURES:
+            x, length = row["features"][kind], row["features"][f"{kind}_len"]
+            x = x.astype("f2") if (spelling, kind) == ("float16", "audio") else x
+            x = (10 * x).astype("i1") if (spelling, kind) == ("integers", "video") else x
+            assert np.array_equal(getattr(batch, kind)[i, :length].numpy(), x[:length])
+
+
+def test_lengths_may_be_absent(tmp_path):
+    for name, layout in (("meld", "rows"), ("simsv2", "table")):
+        task = TASKS[name]
+        splits = make_splits(task, layout, audio_dim=5, video_dim=3)
+        for part in splits.values():
+            for row in part if layout == "rows" else [part]:
+                for key in ("audio_len", "video_len", "audio_lengths", "vision_lengths", "id"):
+                    row.get("features", row).pop(key, None)
+        ours = load_split(task, write(tmp_path, task, splits), "test")
+        assert ours.audio_len == ours.video_len == [6] * 4 and ours.id == ["0", "1", "2", "3"]
+
+
+def test_a_file_per_split_may_hold_all_splits(tmp_path):
+    task = TASKS["meld"]
+    splits = make_splits(task, audio_dim=5, video_dim=3)
+    write(tmp_path, task, dict.fromkeys(SPLITS, splits))
+    assert load_split(task, tmp_path, "test").text == [row["features"]["text"] for row in splits["test"]]
+
+
+def test_rows_of_an_intensity_in_one_file(tmp_path):
+    task = TASKS["mosi"]
+    splits = make_splits(task, audio_dim=1, video_dim=9)
+    assert load_split(task, write(tmp_path, task, splits), "valid").label == [row["label"] for row in splits["valid"]]
+
+
+def test_features_stay_views_of_the_file(tmp_path):
+    for name, layout in (("meld", "rows"), ("mosei", "table")):
+        write(tmp_path, TASKS[name], make_splits(TASKS[name], layout, audio_dim=64, video_dim=64))
+        ours = load_split(TASKS[name], tmp_path, "train")
+        assert not any(x.flags.writeable or x.flags.owndata for x in ours.audio + ours.video)
+
+
+LAYOUTS = {         # what a file may hold instead, and what is said of it
+    "nothing": ([], "has no text, audio, video, label; expected a list of rows"),
+    "a number": (3, "has no raw_text, audio, vision, labels; expected a list of rows or a dict of such columns"),
+    "a text": ("MELD", "has no raw_text"),
+    "rows that are lists": ([[1, 2]], "row 0 has no text, audio, video, label; expected {'label': y, "),
+    "a row without video": (lambda rows: rows[2]["features"].pop("video"), "row 2 has no video; expected"),
+    "a row without label": (lambda rows: rows[1].pop("label"), "row 1 has no label; expected"),
+    "a table with few texts": ({"raw_text": ["a"], "audio": np.zeros((2, 1, 1)), "vision": np.zeros((2, 1, 1)),
+                                "labels": ["joy"] * 2}, "columns of {'raw_text': 1, 'audio': 2, .* expected as many"),
+    "an empty table": ({"raw_text": [], "audio": [], "vision": [], "labels": []}, "and at least one"),
+    "a table without audio": ({"raw_text": ["a"], "vision": np.zeros((1, 1, 1)), "labels": ["joy"]}, "has no audio;"),
+    "a column that is a number": ({"raw_text": ["a"], "audio": 3, "vision": np.zeros((1, 1, 1)), "labels": ["joy"]},
+                                  "has no audio;"),
+}
+
+
+@pytest.mark.parametrize("case", LAYOUTS)
+def test_other_layouts_are_refused(tmp_path, capsys, case):
+    task, (what, says) = TASKS["meld"], LAYOUTS[case]
+    splits = make_splits(task, audio_dim=5, video_dim=3)
+    if callable(what):
+        what(splits["train"])
+    else:
+        splits["train"] = what
+    write(tmp_path, task, splits)
+    with pytest.raises(DataError, match=f"meld_train.pkl, train: .*({says})"):
+        load_split(task, tmp_path, "train")
+    code, _, err = check(capsys, "meld", "--data-dir", tmp_path)
+    assert code == 2 and err.startswith(f"error: {tmp_path}") and err.count("\n") == 1
+
+
+def test_a_split_that_is_not_there(tmp_path):
+    """Rows alone in the one file of a task would be taken for every split."""
+    task = TASKS["mosei"]
+    file = write(tmp_path, task, {"train": make_rows(task, 2)}) / task.files["train"]
+    with pytest.raises(DataError, match="unaligned_50.pkl, test: not there; expected a dict of train, valid, test"):
+        load_split(task, tmp_path, "test")
+    file.write_bytes(pickle.dumps(make_rows(task, 2), 4))
+    with pytest.raises(DataError, match="unaligned_50.pkl, train: not there; expected a dict of train, valid, test"):
+        load_split(task, tmp_path, "train")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Faults and odd values
+
+
+FAULTS = {          # what a row holds instead, and what is said of it
+    "label": (dict(label="joyful"), "the label 'joyful'; expected neutral, surprise, fear, .*, anger"),
+    "no label": (dict(label=None), "the label None; expected neutral"),
+    "class number": (dict(label=3), "the label 3; expected neutral"),
+    "length": (dict(audio_len=999), "the audio length 999; expected a count of its 6 frames"),
+    "negative length": (dict(video_len=-1), "the video length -1; expected a count of its 6 frames"),
+    "half a frame": (dict(video_len=2.5), "the video length 2.5; expected a count"),
+    "text": (dict(text=None), "a text that is None; expected a string, '' for none"),
+    "width": (dict(audio=np.zeros((6, 4), "f4")), "4 audio features; expected 5 as in the rows before it"),
+    "no width": (dict(audio=np.zeros((6, 0), "f4")), r"audio that is float32 \(6, 0\); expected numbers"),
+    "one axis": (dict(video=np.zeros(3, "f4")), r"video that is float32 \(3,\); expected numbers"),
+    "words": (dict(video=np.array([["a"]])), r"video that is <U1 \(1, 1\); expected numbers"),
+    "lists": (dict(video=[[1.0]]), r"video that is \[\[1.0\]\]; expected numbers"),
+}
+
+
+@pytest.mark.parametrize("case", FAULTS)
+def test_a_fault_is_told_with_its_row(tmp_path, capsys, case):
+    task, (fault, says) = TASKS["meld"], FAULTS[case]
+    splits = make_splits(task, audio_dim=5, video_dim=3)
+    row = splits["train"][4]
+    (row if "label" in fault else row["features"]).update(fault)
+    write(tmp_path, task, splits)
+    with pytest.raises(DataError, match=f"meld_train.pkl, train: row 4 has {says}.* python data.py meld"):
+        load_split(task, tmp_path, "train")
+    code, out, _ = check(capsys, "meld", "--data-dir", tmp_path)
+    assert code == 1 and out.count("problem: ") == 1 and out.endswith("meld: 1 problems, rows counted from 0\n")
+    assert re.search(f"problem: train row 4 has {says}", out)
+
+
+@pytest.mark.parametrize("label", [1.1, -1.01, float("nan"), float("inf"), "0.4", None])
+def test_an_intensity_out_of_range_is_a_fault(tmp_path, label):
+    task = TASKS["simsv2"]
+    splits = make_splits(task, "table", audio_dim=5, video_dim=3)
+    splits["test"]["regression_labels"] = [0.0, label, 0.5, -1.0]
+    with pytest.raises(DataError, match="test: row 1 has the label .*; expected a number from -1.0 to 1.0"):
+        load_split(task, write(tmp_path, task, splits), "test")
+
+
+def test_odd_values_become_zero_and_are_told_once(tmp_path, capsys):
+    task = TASKS["meld"]
+    splits = make_splits(task, audio_dim=5, video_dim=3)
+    rows = [row["features"] for row in splits["train"]]
+    for row in rows:
+        row |= {"audio_len": 4, "video_len": 6}
+    rows[1]["audio"][0, :3] = np.nan, -np.inf, -np.inf
+    rows[2]["audio"][3, 0] = np.inf
+    rows[2]["audio"][4:] = np.nan                           # behind its length
+    rows[3]["video"] = np.full((6, 3), 1e300)               # too large for fp32
+    rows[4]["video_len"], rows[5]["text"] = 0, ""
+    ours = load_split(task, write(tmp_path, task, splits), "train")
+    assert capsys.readouterr().err == ("meld train: 1 NaN, 1 +inf, 2 -inf in audio become 0, 18 +inf in video become 0"
+                                       ", 1 rows lack video, 1 texts are empty\n")
+    batch = collate(ours, range(7))
+    assert torch.isfinite(batch.audio).all() and torch.isfinite(batch.video).all()
+    assert batch.audio[1, 0].tolist() == [0, 0, 0, *rows[1]["audio"][0, 3:].tolist()]
+    assert not batch.video[3].any() and batch.audio.shape == (7, 4, 5) and batch.text[5] == ""
+    assert batch.video_len.tolist() == [6, 6, 6, 6, 0, 6, 6] and not batch.video[4].any()
+    load_split(task, tmp_path, "valid")
+    assert capsys.readouterr().err == ""
+
+
+def test_clean_leaves_the_file_alone():
+    x = np.array([[1.0, np.nan]], np.float32)
+    x.flags.writeable = False
+    assert clean(x).tolist() == [[1, 0]] and np.isnan(x[0, 1])
+    assert clean(np.array([[True, False]])).dtype == np.float32
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches
+
+
+def test_order_is_a_function_of_seed_and_epoch():
+    assert data.epoch_rows(7, 3, 1111, 2) == [[0, 3, 6], [4, 1, 5], [2]]             # for ever: a run can be repeated
+    assert data.epoch_rows(7, 3, 1111, 2) != data.epoch_rows(7, 3, 1111, 3) != data.epoch_rows(7, 3, 2222, 3)
+    assert data.epoch_rows(7, 3) == [[0, 1, 2], [3, 4, 5], [6]]
+    np.random.seed(0)
+    before = np.random.get_state()[1].tolist()
+    for n, size in ((1, 1), (5, 8), (6, 3), (1000, 16)):
+        rows = data.epoch_rows(n, size, 5, 1)
+        assert sorted(sum(rows, [])) == list(range(n)) and [len(part) for part in rows[:-1]] == [size] * (len(rows) - 1)
+    assert np.random.get_state()[1].tolist() == before                          # no global random state
+
+
+def test_batches_hold_each_row_once_and_pad_on_the_right(tmp_path):
+    task = TASKS["cherma"]
+    splits = make_splits(task, audio_dim=5, video_dim=3)
+    for row in splits["train"]:
+        for kind in FEATURES:
+            row["features"][kind][row["features"][f"{kind}_len"]:] = 9.0        # must not be seen
+    ours, seen = load_split(task, write(tmp_path, task, splits), "train"), []
+    for batch in batches(ours, 3, 1111, 1):
+        assert batch.audio.dtype == batch.video.dtype == torch.float32 and batch.audio_len.dtype == torch.int64
+        for kind in FEATURES:
+            x, lengths = getattr(batch, kind), getattr(batch, f"{kind}_len")
+            assert x.shape[1] == lengths.max()
+            for row, length, text in zip(x, lengths, batch.text):
+                theirs = splits["train"][ours.text.index(text)]["features"]
+                assert length == theirs[f"{kind}_len"] and not row[length:].any()
+                assert np.array_equal(row[:length].numpy(), theirs[kind][:length])
+        for text, label in zip(batch.text, batch.label):
+            assert task.labels[label] == splits["train"][ours.text.index(text)]["label"]
+        seen += batch.text
+    assert sorted(seen) == sorted(ours.text)
+    assert [batch.text for batch in batches(ours, 3, 1111, 1)] == [seen[:3], seen[3:6], seen[6:]]
+
+
+def test_a_batch_without_any_frame_has_one_of_zeros(tmp_path):
+    task = TASKS["meld"]
+    splits = make_splits(task, audio_dim=5, video_dim=3)
+    splits["train"][0]["features"] |= {"audio_len": 0, "video": np.zeros((0, 3), "f4"), "video_len": 0}
+    batch = collate(load_split(task, write(tmp_path, task, splits), "train"), [0])
+    assert batch.audio.shape == (1, 1, 5) and batch.video.shape == (1, 1, 3) and not batch.audio.any()
+    assert batch.audio_len.tolist() == batch.video_len.tolist() == [0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The check
+
+
+@pytest.mark.parametrize("name, layout", [("meld", "rows"), ("mosei", "table")])
+def test_planted_faults_are_each_listed_by_row(tmp_path, capsys, name, layout):
+    task = TASKS[name]
+    splits = make_splits(task, audio_dim=5, video_dim=3)
+    train, test = splits["train"], splits["test"]
+    for split, rows in splits.items():
+        for i, row in enumerate(rows):
+            row["id"] = f"{split}{i}"
+    train[0]["features"]["audio"][0, 0] = np.nan
+    train[1]["label"] = "joyful"
+    train[2]["features"]["video_len"] = 999
+    train[4]["id"] = "train3"
+    train[5]["features"] = test[1]["features"] | {"audio": test[1]["features"]["audio"].copy()}
+    train[5]["label"] = test[1]["label"]
+    train[6]["features"]["text"] = test[2]["features"]["text"]                  # only the text: natural
+    if layout == "table":
+        train[1]["label"] = -9.5
+        splits = {split: make_table(task, rows) | {"id": [row["id"] for row in rows]} for split, rows in splits.items()}
+    code, out, err = check(capsys, name, "--data-dir", write(tmp_path, task, splits))
+    problems = [line for line in out.splitlines() if line.startswith("problem: ")]
+    label = "'joyful'" if layout == "rows" else "-9.5"
+    for line, start in zip(problems, (
+            f"problem: train row 1 has the label {label}; expected ",
+            "problem: train row 2 has the video length 999; expected a count of its 6 frames",
+            "problem: train row 0 has 1 NaN in audio, read as 0",
+            "problem: train row 4 has the id 'train3' of row 3",
+            "problem: test row 1 has text, label and features of train row 5"), strict=True):
+        assert line.startswith(start), (line, start)
+    assert code == 1 and err == "" and f"{name}: 5 problems, rows counted from 0" in out
+    assert "in more than one split: 2 texts, 0 ids, 1 whole rows (0 of them known)" in out
+
+
+def test_the_check_in_words(tmp_path, capsys):
+    task = TASKS["simsv2"]
+    splits = make_splits(task, "table", audio_dim=5, video_dim=3)
+    splits["train"] |= {
+        "regression_labels": np.array([-1, -1, -1, 0.4, 0.4, 1, 0], "f4"), "text_bert": np.zeros((7, 3, 5)),
+        "vision": np.zeros((7, 6, 3), ">f8"), "vision_lengths": [0, 6, 6, 6, 6, 6, 1], "raw_text": ["", *"abcdef"]}
+    splits["train"]["vision"][1, 0, 0] = 2.0
+    code, out, _ = check(capsys, "simsv2", "--data-dir", write(tmp_path, task, splits))
+    assert code == 0 and out.startswith("train: 7 (published: 2722) rows in ")
+    for words in (
+            "  sha256   not the published one",
+            "  text     0 to 1 characters, 1 empty\n",
+            "  video    (6, 3) (published: (232, 177)), >f8; lengths 0 to 6; missing in 1 rows, all zero in 5\n"
+            "           0 to 2, mean 0.0215, std 0.206\n",
+            "  unused   text_bert\n",
+            "  -1.0          3  42.9% ##########################\n  -0.8          0   0.0%\n",
+            "  +0.4          2  28.6% #################\n"):
+        assert words in out, words
+
+
+def test_many_problems_of_one_kind_do_not_hide_others(tmp_path, capsys):
+    task = TASKS["meld"]
+    rows = make_rows(task, 40, audio_dim=5, video_dim=3)
+    for row in rows:
+        row["features"]["audio"][0] = np.nan
+    rows[39]["label"] = "glee"
+    code, out, _ = check(capsys, "meld", "--data-dir", write(tmp_path, task, make_splits(
+        task, audio_dim=5, video_dim=3) | {"train": rows}))
+    assert code == 1 and out.count("problem: train row ") == data.SHOWN + 1 and "row 39 has the label 'glee'" in out
+    assert "problem: 30 more such rows of train (audio)\n" in out and "meld: 41 problems" in out
+
+
+def test_splits_of_different_widths_are_a_problem(tmp_path, capsys):
+    task = TASKS["meld"]
+    splits = make_splits(task, audio_dim=5, video_dim=3) | {"test": make_rows(task, 2, 9, audio_dim=4, video_dim=3)}
+    code, out, _ = check(capsys, "meld", "--data-dir", write(tmp_path, task, splits))
+    assert code == 1 and "problem: test row 1 has 4 audio features; expected 5 as in the rows before it" in out
+
+
+def test_what_the_published_files_have_is_no_problem(tmp_path, capsys, monkeypatch):
+    """Odd values and doubles count only in a file of another sha256; MELD is known to have one row in two splits."""
+    task = TASKS["mosei"]
+    splits = make_splits(task, "table", audio_dim=5, video_dim=3)
+    splits["train"]["audio"][2, 0, 0] = -np.inf
+    file = write(tmp_path, task, splits) / task.files["train"]
+    assert check(capsys, "mosei", "--data-dir", tmp_path)[0] == 1
+    monkeypatch.setitem(TASKS, "mosei", replace(task, sha256=data.sha256(file)))
+    code, out, _ = check(capsys, "mosei", "--data-dir", tmp_path)
+    assert code == 0 and "sha256   as published" in out
+    task = TASKS["meld"]
+    splits = make_splits(task, audio_dim=5, video_dim=3)
+    splits["train"].append(splits["test"][0])
+    write(tmp_path, task, splits)
+    assert check(capsys, "meld", "--data-dir", tmp_path)[0] == 1
+    splits["test"][0]["features"]["text"] = task.twins[0]
+    write(tmp_path, task, splits)
+    code, out, _ = check(capsys, "meld", "--data-dir", tmp_path)
+    assert code == 0 and "1 whole rows (1 of them known)" in out
+
+
+def test_texts_beyond_the_limit_are_counted(tmp_path, capsys):
+    task = TASKS["meld"]
+    splits = make_splits(task, audio_dim=5, video_dim=3)
+    splits["test"][0]["features"]["text"] = "lamp " * 100
+    write(tmp_path, task, splits)
+    code, out, _ = check(capsys, "meld", "--data-dir", tmp_path, "--llm", HERE.parent / "demo" / "llm")
+    assert code == 0 and "; 1 (25.0%) have more than 65 tokens and will be cut\n" in out
+
+
+def test_exit_codes_of_the_command(tmp_path):
+    """0 is tested above, in this process; here the rest of the way, with no traceback."""
+    task = TASKS["meld"]
+    splits = make_splits(task, audio_dim=5, video_dim=3)
+    splits["train"][2]["label"] = "joyful"
+    write(tmp_path, task, splits)
+    run = subprocess.run([sys.executable, HERE.parent / "data.py", "meld", "--data-dir", tmp_path], capture_output=True,
+                         encoding="utf-8", env={"PATH": "", "PYTHONUTF8": "1"})
+    assert run.returncode == 1 and "problem: train row 2 has the label 'joyful'" in run.stdout and run.stderr == ""
+
+
+def test_real_meld_passes(capsys):
+    code, out, err = check(capsys, "meld", "--data-dir", need_shared("data"))
+    assert (code, err) == (0, "") and "train: 9989 (as published) rows" in out and "  neutral   1,256  48.1%" in out
+    assert "176 texts, 0 ids, 1 whole rows (1 of them known)\nmeld: 0 problems" in out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Finding files
+
+
+def touch(*files: Path):
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+
+
+@pytest.fixture(autouse=True)
+def empty_cache(tmp_path_factory, monkeypatch):
+    """The hub's cache of this machine stays out of the tests."""
+    home = tmp_path_factory.mktemp("hub_home")
+    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_ENDPOINT", "HF_TOKEN", "HF_HUB_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_HOME", str(home))
+    return home
+
+
+def test_files_are_found_anywhere_below(tmp_path, monkeypatch):
+    meld, mosi, mosei = (TASKS[name] for name in ("meld", "mosi", "mosei"))
+    with pytest.raises(DataError, match="meld_train.pkl was not found .* hf download AZYoung/MELD_processed"):
+        find_data(meld, tmp_path / "none", "train")
+    touch(tmp_path / "a" / "b" / "meld_train.pkl")
+    assert find_data(meld, tmp_path, "train") == tmp_path / "a" / "b" / "meld_train.pkl"
+    touch(tmp_path / "MELD" / "meld_train.pkl")                                 # where it is published: this one
+    assert find_data(meld, tmp_path, "train") == tmp_path / "MELD" / "meld_train.pkl"
+    touch(tmp_path / "c" / "meld_test.pkl", tmp_path / "d" / "meld_test.pkl")
+    with pytest.raises(DataError, match="2 files could be MELD/meld_test.pkl: .*/c/.*, .*/d/.*; point --data-dir at"):
+        find_data(meld, tmp_path, "test")
+    touch(tmp_path / "e" / "MELD" / "meld_test.pkl")
+    assert find_data(meld, tmp_path, "test").parts[-3:] == ("e", "MELD", "meld_test.pkl")
+    with pytest.raises(DataError, match="MOSI/Processed/unaligned_50.pkl was not found .*; put it there; .*MMSA"):
+        find_data(mosi, tmp_path, "train")
+    with pytest.raises(DataError, match="hf download AZYoung/MOSEI_processed --repo-type dataset --local-dir"):
+        find_data(mosei, tmp_path, "train")
+
+
+@pytest.mark.parametrize("mosi, mosei", [
+    ("MOSI/Processed", "MOSEI/Processed"), ("CMU-MOSI", "CMU-MOSEI/x"), ("x/MOSI/Processed", "y/MOSEI"),
+    ("MOSI", "MOSI/MOSEI"), ("MOSEI/MOSI/Processed", "MOSEI/Processed")])
+def test_mosi_and_mosei_are_told_apart(tmp_path, monkeypatch, mosi, mosei):
+    """Their files have one last name."""
+    folders = {"mosi": tmp_path / mosi, "mosei": tmp_path / mosei}
+    touch(*(folder / "unaligned_50.pkl" for folder in folders.values()))
+    for name, folder in folders.items():
+        assert find_data(TASKS[name], tmp_path, "train") == folder / "unaligned_50.pkl"
+        monkeypatch.chdir(folder)                           # inside, where only the absolute path tells
+        assert find_data(TASKS[name], ".", "train").absolute() == folder / "unaligned_50.pkl"
+    (folders["mosei"] / "unaligned_50.pkl").unlink()
+    with pytest.raises(DataError, match="was not found"):                       # and never the one for the other
+        find_data(TASKS["mosei"], tmp_path, "train")
+
+
+def test_the_cache_is_looked_into_without_the_library(tmp_path, monkeypatch, empty_cache):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    for where, home in (("HF_HOME", "hub"), ("HF_HUB_CACHE", ".")):
+        root = tmp_path / where
+        monkeypatch.setenv(where, str(root))
+        for repo in (root / home / "models--Qwen--Tiny", root / home / "datasets--AZYoung--MELD_processed"):
+            touch(repo / "snapshots" / "abc" / "sub" / "meld_train.pkl", repo / "refs" / "main")
+            (repo / "refs" / "main").write_text("abc")
+        assert find_llm("Qwen/Tiny") == root / home / "models--Qwen--Tiny" / "snapshots" / "abc"
+        assert find_data(TASKS["meld"], tmp_path / "none", "train").is_relative_to(root)
+    touch(tmp_path / "data" / "meld_train.pkl")
+    assert find_data(TASKS["meld"], tmp_path / "data", "train") == tmp_path / "data" / "meld_train.pkl"
+    assert find_llm(tmp_path) == tmp_path
+    with pytest.raises(DataError, match="a/b: no such backbone, .* --llm a/b --download, or: hf download a/b"):
+        find_llm("a/b")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Fetching, with the real client from a stand-in of the hub
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """Just what huggingface_hub asks for. repos: {"datasets/a/b" or "models/a/b": {file: bytes} or a status}."""
+    repos, served = {}, []
+
+    def do_GET(self):
+        path = self.path.partition("?")[0].strip("/")
+        api, path = path.startswith("api/"), path.removeprefix("api/")
+        path = path if path.startswith(("models/", "datasets/")) else f"models/{path}"
+        repo, rest = "/".join(path.split("/")[:3]), path.split("/")[3:]
+        files = self.repos.get(repo, 404)
+        if files == 403 and api:                            # gated: everyone may see what there is, not fetch it
+            files = {"config.json": b"{}", "model.safetensors": b""}
+        if isinstance(files, int):
+            code = {401: "RepoNotFound", 403: "GatedRepo", 404: "RepoNotFound"}[files]
+            return self.reply(files, b'{"error": "refused"}', {"X-Error-Code": code})
+        if not api:
+            body = files["/".join(rest[2:])]                # resolve/COMMIT/name
+            self.served += ["/".join(rest[2:])] * (self.command == "GET")
+            return self.reply(200, body, {"ETag": f'"{len(body)}-{rest[-1]}"', "X-Repo-Commit": COMMIT})
+        listed = [{"type": "file", "path": name, "rfilename": name, "size": len(body), "oid": name, "blobId": name}
+                  for name, body in files.items()]
+        reply = listed if "tree" in rest else {"id": repo.partition("/")[2], "sha": COMMIT, "siblings": listed}
+        return self.reply(200, json.dumps(reply).encode(), {"Content-Type": "application/json"})
+
+    do_HEAD = do_GET
+
+    def reply(self, status: int, body: bytes, headers: dict):
+        self.send_response(status)
+        for name, value in (headers | {"Content-Length": str(len(body))}).items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """The stand-in, at HF_ENDPOINT."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def outcome(function, *args):
+    """Runs in a process of its own, because the client reads the environment when it is imported."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            result = function(*args)
+        except DataError as error:
+            result = f"DataError: {error}"
+    return result, out.getvalue(), err.getvalue()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("huggingface_hub") is None, reason="needs huggingface_hub")
+def test_download(tmp_path, hub, empty_cache):
+    task = TASKS["meld"]
+    write(tmp_path, task, make_splits(task, audio_dim=5, video_dim=3))
+    files = {f"sub/meld_{split}.pkl": (tmp_path / "MELD" / f"meld_{split}.pkl").read_bytes() for split in SPLITS}
+    small = dict.fromkeys(("config.json", "generation_config.json", "qwen.tiktoken", "tokenizer_config.json"), b"{}")
+    Hub.repos = {
+        "datasets/AZYoung/MELD_processed": files | {"README.md": b"words", "raw.zip": b"0" * 1000},
+        "models/Qwen/Tiny": small | {"model.safetensors": b"12345", "pytorch_model.bin": b"1", "modeling_qwen.py": b"",
+                                     "assets/logo.jpg": b"2", "onnx/model.safetensors": b"3"},
+        "models/old/Tiny": small | {"tokenizer.model": b"m", "merges.txt": b"#", "pytorch_model.bin": b"1", "x.txt": b""},
+        "models/meta-llama/Llama-2-7b-hf": 403, "models/some/private": 401,
+        "datasets/AZYoung/CHERMA0723_processed": {"README.md": b"moved"}}
+    none = str(tmp_path / "none")
+    with multiprocessing.get_context("spawn").Pool(1) as client:
+        def run(*call):
+            return client.apply(outcome, call)
+
+        # A data set: told before, fetched, checked; not fetched again.
+        code, out, _ = run(data.main, ["meld", "--data-dir", none, "--download"])
+        assert code == 0 and out.startswith(
+            f"downloading {', '.join(files)}: {sum(map(len, files.values())):,} bytes from "
+            f"http://127.0.0.1:{hub.server_port}/datasets/AZYoung/MELD_processed to {empty_cache}")
+        assert sorted(Hub.served) == sorted(files) and "meld: 0 problems" in out
+        assert "downloading" not in run(data.main, ["meld", "--data-dir", none, "--download"])[1]
+        assert run(data.fetch_data, task, tmp_path)[1] == "" and len(Hub.served) == 3
+        # A backbone: weights in one format only, and no code.
+        Hub.served.clear()
+        assert run(data.fetch_llm, "Qwen/Tiny")[0] is None
+        assert sorted(Hub.served) == sorted([*small, "model.safetensors"])
+        Hub.served.clear()
+        assert run(data.fetch_llm, "old/Tiny")[0] is None
+        assert sorted(Hub.served) == sorted([*small, "tokenizer.model", "pytorch_model.bin", "merges.txt"])
+        # Refusals: one clear sentence.
+        said, _, _ = run(data.fetch_llm, "meta-llama/Llama-2-7b-hf")
+        assert "/meta-llama/Llama-2-7b-hf is gated, private or misspelt (status 403)" in said
+        assert "accept the licence" in said and "/settings/tokens" in said and "HF_TOKEN" in said
+        assert "status 401" in run(data.fetch_llm, "some/private")[0]
+        assert "/no/such does not exist (status 404): check the name" in run(data.fetch_llm, "no/such")[0]
+        code, _, err = run(data.main, ["cherma", "--data-dir", none, "--download"])
+        assert code == 2 and "has none of the files that were expected, only README.md" in err
+        # Without a network: what was fetched is found, anything else is not.
+        hub.shutdown()
+        hub.server_close()
+        assert run(data.main, ["meld", "--data-dir", none])[0] == 0
+        _, _, err = run(data.fetch_llm, "Qwen/Tiny")
+        assert "/Qwen/Tiny cannot be fetched (" in err and f"going on with {empty_cache}" in err
+        code, _, err = run(data.main, ["mosei", "--data-dir", none, "--download"])
+        assert code == 2 and err.startswith("error: http://127.0.0.1") and err.count("\n") == 1
+        assert "/AZYoung/MOSEI_processed cannot be fetched (" in err and "check the network" in err
+    assert sorted(path.name for path in find_llm("Qwen/Tiny").iterdir()) == sorted([*small, "model.safetensors"])
+    assert find_data(task, none, "valid").read_bytes() == files["sub/meld_valid.pkl"]
+
+
+def test_download_without_the_library(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    code, _, err = check(capsys, "meld", "--data-dir", tmp_path, "--download")
+    assert code == 2 and "pip install huggingface_hub" in err and err.count("\n") == 1
+    assert "hf download AZYoung/MELD_processed --repo-type dataset" in err
+    with pytest.raises(DataError, match="hf download Qwen/Qwen-1_8B$"):
+        data.fetch_llm("Qwen/Qwen-1_8B")
+    data.fetch_llm(tmp_path)                                # a folder: nothing to fetch

@@ -1,0 +1,441 @@
+"""Label scoring against brute force, what evaluation prints and writes, the ablations, one clip, the backbone."""
+import csv
+import json
+import pickle
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import HERE, ByteTokenizer, close, need_shared, random_adapter, recipe
+
+import eval
+from adapter import OFFICIAL_NAMES, AdapterConfig, MSEAdapter, MultimodalLLM, load_adapter, save_adapter
+from data import TASKS, Batch, Split, collate, load_split, load_tokenizer
+from eval import evaluate, moments, score, score_labels, shuffled, variants, without
+from model import load_llm
+
+TEXTS = ["Oh!", "", "I can't believe it: she left me. Again!", "好吧"]
+FAMILIES = ("llama", "qwen", "qwen2", "chatglm")
+
+
+def rows(task, texts=TEXTS) -> Split:
+    """These texts as a split, with 4 audio and 6 video features; some rows lack one."""
+    features = {m: [recipe(f"eval.{m}.{text}", (5, width), 1.0).numpy() for text in texts]
+                for m, width in (("audio", 4), ("video", 6))}
+    n, lengths = len(texts), [3, 5, 0, 1] * len(texts)
+    return Split(list(texts), features["audio"], lengths[:n], features["video"], lengths[1:n + 1],
+                 task.values()[:n], [f"row {i}" for i in range(n)], unused=[])
+
+
+def make(llm, task: str, official: bool = False, **switches) -> MultimodalLLM:
+    config = AdapterConfig(llm.config.dim, 4, 6, audio_hidden=5, video_hidden=3, pseudo_tokens=2, **switches)
+    return MultimodalLLM(llm, random_adapter(config), ByteTokenizer(), TASKS[task], official)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Label scoring
+
+
+@torch.no_grad()
+def brute_force(net, batch):
+    """The labels' probabilities from one full forward pass each, over the rows with that label behind them."""
+    scores = torch.zeros(len(batch.text), len(net.labels))
+    for k, ids in enumerate(net.labels):
+        x, mask, _ = net.inputs(batch, [list(ids)] * len(batch.text))
+        after = net.llm.logits(net.llm(x, mask)[:, -len(ids) - 1:-1]).log_softmax(dim=-1)         # (B, n, V)
+        scores[:, k] = after.gather(2, torch.tensor(ids).expand(len(scores), -1)[..., None]).sum((1, 2))
+    return scores.softmax(dim=-1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("task, official", [("meld", False), ("mosei", False), ("simsv2", True)])
+def test_label_probabilities_equal_brute_force(tiny, family, task, official):
+    net = make(tiny[family], task, official)
+    batch = collate(rows(net.task), range(4))
+    ours = net.label_logprobs(batch).exp()
+    close(ours, brute_force(net, batch))
+    close(ours.sum(dim=1), torch.ones(4))
+    assert ours.shape == (4, len(net.task.values())) and ours.std(dim=0).max() > 1e-3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_label_probabilities_do_not_depend_on_the_batch(tiny, family):
+    net = make(tiny[family], "mosei")
+    split = rows(net.task)
+    together = net.label_logprobs(collate(split, range(4)))
+    for i in range(4):
+        close(net.label_logprobs(collate(split, [i]))[0], together[i], 1e-4)
+
+
+@pytest.mark.parametrize("family, task", [
+    ("llama", "mosei"), ("qwen", "simsv2"), ("qwen2", "meld"), ("chatglm", "cherma")])
+def test_label_scoring_always_answers(tiny, family, task):
+    net = make(tiny[family], task)
+    split, legal = rows(net.task), net.task.values()
+    greedy, mode = evaluate(net, split, 3), evaluate(net, split, 3, decode="labels", readout="mode")
+    mean = evaluate(net, split, 3, decode="labels")
+    assert greedy.unparsed == 4 and mode.unparsed == mean.unparsed == mode.out_of_range == mean.out_of_range == 0
+    assert set(mode.pred) <= set(legal) and np.isfinite(list(mode.scores.values())[0])
+    for i in range(4):                                                  # in the split's order
+        p = net.label_logprobs(collate(split, [i])).exp()[0].double().numpy()
+        close(torch.tensor(mean.probabilities[i]), torch.tensor(p))
+        assert mode.pred[i] == legal[p.argmax()] == float(mode.answers[i])
+        assert greedy.answers[i] == net.answer(collate(split, [i]))[0]
+        assert mean.pred[i] == (mode.pred[i] if net.task.labels else pytest.approx(p @ np.array(legal), abs=1e-5))
+
+
+def test_readout():
+    task, p = TASKS["simsv2"], np.zeros((2, 21))
+    p[0, [0, 20]], p[1, [9, 10]] = (0.75, 0.25), (0.4, 0.6)              # -1 and 1; -0.1 and 0
+    mean, mode = (score_labels(p, [-1.0, 0.1], task, readout) for readout in ("mean", "mode"))
+    assert mean.pred.tolist() == pytest.approx([-0.5, -0.04]) and mode.pred.tolist() == [-1, 0]
+    assert mean.scores["mae"] == pytest.approx((0.5 + 0.14) / 2) and mode.scores["mae"] == pytest.approx(0.05)
+    assert moments(p, task)[1].tolist() == pytest.approx([np.sqrt(0.75), np.sqrt(0.0024)])
+
+
+@pytest.mark.parametrize("family, folder", [("llama", "llama2"), ("qwen", "qwen"), ("chatglm", "chatglm3")])
+def test_no_label_begins_another(family, folder):
+    tokenizer = load_tokenizer(need_shared("tokenizers", folder))
+    for task in TASKS.values():
+        labels = [tuple(tokenizer.encode(text)) for text in task.wording(family).labels]
+        assert not any(a[:len(b)] == b for a in labels for b in labels if a is not b)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Results
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (HERE / "golden").glob("*.json")))
+def test_the_release_reads_its_answers_so(name):
+    info = json.loads((HERE / "golden" / f"{name}.json").read_text(encoding="utf-8"))
+    result = score(info["generated_text"], info["labels"], TASKS[info["dataset"]], official=True)
+    assert result.values == result.pred.tolist() == info["parsed"] and result.unparsed == len(info["parsed"])
+
+
+def test_scoring_of_odd_answers():
+    meld, mosei = TASKS["meld"], TASKS["mosei"]
+    classes = score(["0", "joy", "9", " 4"], [0, 0, 0, 4], meld)
+    assert (classes.values, classes.unparsed, classes.out_of_range) == ([0, None, 9, 4], 1, 1)
+    assert classes.scores["accuracy"] == 0.5
+    assert classes.line() == "accuracy 0.5000, weighted f1 0.6250, unparsed 1/4, out of range 1/4"
+    answers = ["245.0", "what", "-1.0", "（1"]
+    ours, release = (score(answers, [3.0, 1.0, -1.0, 1.0], mosei, official) for official in (False, True))
+    assert ours.pred.tolist() == [3, 0, -1, 0] and release.pred.tolist() == [245, 0, -1, 0]
+    assert (ours.unparsed, ours.out_of_range, release.unparsed, release.out_of_range) == (2, 1, 2, 1)
+
+
+def test_a_line_says_why_a_score_is_undefined():
+    line = score(["1.0"] * 3, [1.0, 2.0, 0.0], TASKS["mosei"]).line()
+    assert "corr nan (predictions are constant)" in line and line.endswith("unparsed 0/3, out of range 0/3")
+    results = {"greedy": score(["1.0"] * 3, [1.0, 2.0, 0.0], TASKS["mosei"])}
+    assert "nan: predictions are constant" in eval.side_by_side(results)
+
+
+def test_results_on_disk(tmp_path):
+    task = TASKS["meld"]
+    split = replace(rows(task), text=['=1, "quoted"', "two\nlines", "好吧", ""], label=[0, 1, 1, 6])
+    p = np.full((4, 7), 0.1)
+    p[:, 1] = 0.4
+    results = {"greedy": score(["0", "no", "1", "8"], split.label, task), "labels": score_labels(p, split.label, task)}
+    eval.write_results(tmp_path, split, results)
+    raw = (tmp_path / "predictions.csv").read_bytes()
+    lines = list(csv.reader(raw.decode("utf-8-sig").splitlines(keepends=True)))
+    assert raw.startswith("\ufeffid,text,truth,answer,parsed,p(neutral),p(surprise)".encode())
+    assert [line[:5] for line in lines[1:]] == [
+        ["row 0", split.text[0], "0", "0", "0"], ["row 1", split.text[1], "1", "no", ""],
+        ["row 2", "好吧", "1", "1", "1"], ["row 3", "", "6", "8", "8"]]
+    assert [float(x) for x in lines[1][5:]] == p[0].tolist()
+    report = json.loads((tmp_path / "metrics.json").read_text())
+    assert report["rows"] == 4 and report["greedy"]["scores"]["accuracy"] == 0.5
+    assert (report["greedy"]["unparsed"], report["greedy"]["out_of_range"]) == (1, 1)
+    assert report["labels"]["per_class"]["surprise"] == dict(precision=0.5, recall=1, f1=pytest.approx(2 / 3), rows=2)
+    assert report["greedy"]["confusion"][1] == [0, 1, 0, 0, 0, 0, 0, 1]
+    low, high = report["labels"]["intervals"]["accuracy"]
+    assert 0 <= low < 0.5 < high <= 1
+
+
+def test_results_of_intensities_on_disk(tmp_path):
+    task = TASKS["mosei"]
+    split, p = rows(task), np.full((4, 61), 1 / 61)
+    results = {"labels": score_labels(p, split.label, task), "greedy": score(["x"] * 4, split.label, task)}
+    eval.write_results(tmp_path, split, results, "-valid")
+    text = (tmp_path / "metrics-valid.json").read_text()
+    report = json.loads(text, parse_constant=pytest.fail)["labels"]     # NaN is no JSON
+    assert report["scores"]["corr"] is None and report["undefined"]["corr"] == "predictions are constant"
+    head, first, *_ = csv.reader((tmp_path / "predictions-valid.csv").read_text("utf-8-sig").splitlines())
+    assert head[5:] == ["mean", "std"] and [float(x) for x in first[5:]] == pytest.approx([0, 1.760682], abs=1e-6)
+
+
+def test_tables():
+    text = score(["0", "1", "x", "6"], [0, 1, 1, 6], TASKS["meld"]).tables()
+    assert "surprise     1.0000  0.5000  0.6667     2" in text and "surprise        0         1     0" in text
+    assert score(["x", "2.0"], [0.0, 2.0], TASKS["mosei"]).tables().splitlines()[4].split() == ["0", *"00000001"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the modalities are worth
+
+
+class Listener:
+    """Answers with the number that it hears, sees, or reads; what is missing is no answer."""
+    task, official = TASKS["meld"], False
+
+    def __init__(self, sense: str):
+        self.sense = sense
+
+    def answer(self, batch: Batch) -> list[str]:
+        if self.sense == "text":
+            return batch.text
+        features, lengths = getattr(batch, self.sense), getattr(batch, f"{self.sense}_len")
+        return [str(int(x[n - 1, 0])) if n else "" for x, n in zip(features, lengths)]
+
+
+@pytest.fixture
+def spoken() -> Split:
+    """100 rows in which text, audio and video each tell the label, audio and video in their last real frame."""
+    labels = [i % 7 for i in range(100)]
+    features = [np.full((n % 3 + 1, 2), y) for n, y in enumerate(labels)]
+    lengths = [len(x) for x in features]
+    return Split([str(y) for y in labels], features, lengths, features, lengths, labels, list(map(str, range(100))), [])
+
+
+@pytest.mark.parametrize("sense, hurt", [
+    ("audio", {"without audio", "without audio and video", "audio shuffled"}),
+    ("video", {"without video", "without audio and video", "video shuffled"}), ("text", {"text empty"})])
+def test_the_ablation_finds_what_a_model_uses(spoken, sense, hurt):
+    lines = eval.ablate(Listener(sense), spoken, 16).splitlines()[1:]
+    table = {line[:23].strip(): line[23:].split() for line in lines}
+    assert table.pop("all") == ["1.0000", "1.0000", "0/100"] and len(table) == 6
+    for name, (accuracy, change, low, high, *_, unparsed) in table.items():
+        if name not in hurt:
+            assert (accuracy, change, low, high) == ("1.0000", "+0.0000", "[+0.0000,", "+0.0000]"), name
+        elif "shuffled" in name:
+            assert float(low[1:-1]) < float(change) < float(high[:-1]) < -0.5
+        else:
+            assert (accuracy, change, low, high) == ("0.0000", "-1.0000", "[-1.0000,", "-1.0000]"), name
+        assert unparsed == ("100/100" if accuracy == "0.0000" else "0/100")
+    dropped = eval.ablation(Listener(sense), spoken, 16)
+    assert [line.partition(":")[0] for line in dropped] == [
+        "test without audio", "test without video", "test without audio and video"]
+    assert dropped[0].endswith(f"unparsed {100 if sense == 'audio' else 0}/100, out of range 0/100")
+
+
+def test_shuffling_moves_features_with_their_lengths(spoken):
+    moved = shuffled(spoken, "audio")
+    assert [len(x) for x in moved.audio] == moved.audio_len
+    assert moved.video is spoken.video and moved.label is spoken.label
+    assert sorted(x[0, 0] for x in moved.audio) == sorted(spoken.label) != [x[0, 0] for x in moved.audio]
+    assert without(spoken, "video").video_len == [0] * 100 and without(spoken, "video").audio_len == spoken.audio_len
+    assert variants(spoken)["text empty"].text == [""] * 100 and spoken.text[1] == "1"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The paper's ablations as switches
+
+SWITCHES = [dict(no_mixer=True), dict(no_fusion=True), dict(modality="audio"), dict(modality="video"),
+            dict(independent_tokens=True),
+            dict(no_mixer=True, no_fusion=True, modality="video", independent_tokens=True)]
+
+
+def test_without_switches_nothing_changes():
+    assert {name for name, _ in MSEAdapter(AdapterConfig(36, 4, 6, 5, 3, 2)).named_parameters()} == set(OFFICIAL_NAMES)
+
+
+@pytest.mark.parametrize("switches", SWITCHES, ids=" ".join)
+def test_switches(tiny, tmp_path, switches):
+    torch.manual_seed(0)
+    llm, task = tiny["llama"], TASKS["meld"]
+    config = AdapterConfig(36, 4, 6, 5, 3, 2, **switches)
+    net = MultimodalLLM(llm, MSEAdapter(config), ByteTokenizer(), task)
+    split, a = rows(task), net.adapter
+    batch, names = collate(split, range(4)), [name for name, _ in a.named_parameters()]
+    net.loss(batch).backward()
+    for name, p in a.named_parameters():                                # nothing is left over
+        assert p.grad is not None and p.grad.abs().max() > 0, name
+    gone = {"no_mixer": "mixer", "independent_tokens": "spread", "no_fusion": "fusion.scales",
+            "modality": dict(audio="video", video="audio").get(switches.get("modality"))}
+    assert not any(name.startswith(gone[key] + ".") for key in switches for name in names)
+    # the formulas
+    text = recipe("eval.text", (4, 36), 1.0)
+    heard = a.audio(batch.audio, batch.audio_len) if a.audio else torch.zeros(4, 256)
+    seen = a.video(batch.video, batch.video_len) if a.video else torch.zeros(4, 256)
+    m = heard + seen if config.no_mixer else (heard + seen) * a.mixer.text(text)
+    h = a.project(a.fusion(m))
+    if config.independent_tokens:
+        tokens = torch.stack(h.chunk(2, dim=1), dim=1)
+    else:
+        tokens = torch.stack([h * w + c for w, c in zip(a.spread.weight[:, 0], a.spread.bias)], dim=1)
+    close(a(text, batch.audio, batch.audio_len, batch.video, batch.video_len), tokens)
+    # recorded
+    save_adapter(tmp_path / "a.safetensors", net)
+    loaded = load_adapter(tmp_path / "a.safetensors", llm, ByteTokenizer(), task)
+    assert loaded.adapter.config == config and torch.equal(loaded.pseudo_tokens(batch), net.pseudo_tokens(batch))
+
+
+def test_a_modality_that_does_not_exist_is_refused():
+    with pytest.raises(ValueError, match="'smell'.*'audio' or 'video'"):
+        AdapterConfig(36, 4, 6, 5, 3, 2, modality="smell")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Commands, on the demo's backbone
+
+
+DEMO = HERE.parent / "demo" / "llm"
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return load_llm(DEMO), load_tokenizer(DEMO)
+
+
+@pytest.fixture
+def run(demo, tmp_path):
+    """A run's folder as train.py leaves it, with an untrained adapter, and 24 rows of data."""
+    task, (llm, tokenizer) = TASKS["demo"], demo
+    config = AdapterConfig(llm.config.dim, 6, 8, 32, 16, 4)
+    save_adapter(tmp_path / "adapter.safetensors", MultimodalLLM(llm, random_adapter(config), tokenizer, task))
+    random = np.random.RandomState(0)
+    table = [{"label": task.labels[i % 4], "features": {
+        "text": f"Tom put {i} lamps on the shelf.", "audio": random.randn(5, 6), "video": random.randn(4, 8),
+        "audio_len": 5, "video_len": i % 5}} for i in range(24)]
+    for split in ("train", "valid", "test"):
+        (tmp_path / f"demo_{split}.pkl").write_bytes(pickle.dumps(table, protocol=4))
+    ranges = eval.feature_range(without(load_split(task, tmp_path, "train"), "video"))
+    (tmp_path / "features.json").write_text(json.dumps(ranges))
+    settings = asdict(config) | dict(data="demo", data_dir=str(tmp_path), llm=None, official=False, device="cpu",
+                                     dtype="float32", eval_batch=7)
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    (tmp_path / "results.json").write_text(json.dumps({"best_epoch": 3}))
+    return tmp_path
+
+
+def command(monkeypatch, capsys, *words) -> str:
+    monkeypatch.setattr("sys.argv", ["eval.py", *map(str, words)])
+    eval.main()
+    return capsys.readouterr().out
+
+
+def test_scoring_a_run(run, demo, monkeypatch, capsys):
+    out = command(monkeypatch, capsys, run).splitlines()
+    net = load_adapter(run / "adapter.safetensors", *demo, TASKS["demo"])
+    split = load_split(TASKS["demo"], run, "test")
+    greedy, labels = (evaluate(net, split, 7, decode=decode) for decode in ("greedy", "labels"))
+    assert out[0] == f"test (best epoch 3): {greedy.line()}"
+    accuracy = next(line for line in out if line.strip().startswith("accuracy")).split()
+    assert (accuracy[1], accuracy[4]) == tuple(f"{r.scores['accuracy']:.4f}" for r in (greedy, labels))
+    report = json.loads((run / "metrics-test.json").read_text())
+    assert report["greedy"]["unparsed"] == greedy.unparsed and report["labels"]["scores"] == labels.scores
+    assert (run / "predictions-test.csv").is_file() and not (run / "metrics.json").exists()
+    settings = json.loads((run / "settings.json").read_text())
+    (run / "settings.json").write_text(json.dumps(settings | {"decode": "labels"}))
+    assert command(monkeypatch, capsys, run, "--split", "valid").startswith(f"valid (best epoch 3): {labels.line()}")
+    assert "text empty" in command(monkeypatch, capsys, run, "--ablate")
+
+
+def test_one_clip(run, demo, monkeypatch, capsys):
+    audio, video = run / "a.npy", run / "v.npy"
+    np.save(audio, np.zeros((3, 6)))
+    np.save(video, np.full((2, 8), np.nan))
+    words = [run, "--text", "Tom put the lamp away.", "--audio", audio]
+    found = json.loads(command(monkeypatch, capsys, *words, "--json"))
+    net = load_adapter(run / "adapter.safetensors", *demo, TASKS["demo"])
+    batch = Batch(["Tom put the lamp away."], torch.zeros(1, 3, 6), torch.tensor([3]),
+                  torch.zeros(1, 1, 8), torch.tensor([0]), [0])
+    close(torch.tensor(list(found["probabilities"].values())), net.label_logprobs(batch)[0].exp())
+    close(torch.tensor(found["changes"]["without audio"]["probability"]),
+          net.label_logprobs(batch._replace(audio_len=torch.tensor([0])))[0].exp().max())
+    k, deaf = TASKS["demo"].labels.index(found["label"]), batch._replace(audio_len=torch.tensor([0]))
+    change = net.label_logprobs(deaf)[0, k].exp() - net.label_logprobs(batch)[0, k].exp()
+    close(torch.tensor(found["changes"]["without audio"]["change"]), change)
+    assert found["label"] == max(found["probabilities"], key=found["probabilities"].get)
+    assert found["notes"] == ["video: none given, taken as missing"]
+    assert list(found["changes"]) == ["without audio", "without text"]
+    text = command(monkeypatch, capsys, *words, "--video", video)
+    assert text.startswith(tuple(f"{name}, probability 0." for name in TASKS["demo"].labels))
+    assert "video: 16 values are not finite and count as 0" in text and "video: not compared" in text and "####" in text
+    np.save(audio, np.full((3, 6), [0, 0, 500, 0, 0, 0]))
+    text = command(monkeypatch, capsys, *words)
+    assert "audio: 1 of 6 features are far outside the training data; feature 2 is 500 to 500, there -" in text
+
+
+def test_clip_of_an_intensity(tiny, tmp_path):
+    net = make(tiny["chatglm"], "simsv2")
+    np.save(tmp_path / "v.npy", np.ones((2, 6), np.float32))
+    found = eval.clip(net, "好" * 50, dict(audio=None, video=tmp_path / "v.npy"), {})
+    assert found["notes"] == [
+        "audio: none given, taken as missing",
+        "video: not compared with the training data, whose range was not recorded",
+        "text: of 150 tokens the first 50 are read"]
+    p = np.array(list(found["probabilities"].values()))
+    assert list(found["probabilities"])[::10] == ["-1.0", "+0.0", "+1.0"] and p.sum() == pytest.approx(1)
+    assert found["mean"] == pytest.approx(p @ np.linspace(-1, 1, 21)) and "mean" in eval.clip_text(found)
+
+
+@pytest.mark.parametrize("array", [np.zeros((2, 5)), np.zeros((0, 6)), np.zeros(6), np.array([["a"] * 6]),
+                                   np.array([[{}] * 6]), None, b"\x93NUMPY", b"PK\x03\x04", b""])
+def test_features_that_do_not_fit_are_refused(tmp_path, array):
+    file = tmp_path / "x.npy"
+    if isinstance(array, np.ndarray):
+        np.save(file, array, allow_pickle=True)
+    elif array is not None:
+        file.write_bytes(array)
+    with pytest.raises(ValueError, match="x.npy: "):
+        eval.read_features(file, 6)
+
+
+def test_the_backbone_answers_without_the_adapter(run, demo, monkeypatch, capsys):
+    llm, tokenizer = demo
+    ids, said = [1, *tokenizer.encode("Tom put the lamp")], []
+    while len(said) < 100 and 2 not in said:                            # without a cache
+        hidden = llm(llm.embed(torch.tensor([ids + said])))
+        said.append(int(llm.logits(hidden[0, -1]).argmax()))
+    assert command(monkeypatch, capsys, run, "--ask", "Tom put the lamp") == tokenizer.decode(said) + "\n"
+
+
+def test_a_changed_backbone_is_noticed(run, monkeypatch, capsys):
+    assert command(monkeypatch, capsys, run, "--check-backbone").startswith("backbone unchanged")
+    llm = load_llm(DEMO)
+    adapter = random_adapter(AdapterConfig(llm.config.dim, 4, 6, 5, 3, 2))
+    net = MultimodalLLM(llm, adapter, load_tokenizer(DEMO), TASKS["demo"])
+    batch, fresh = collate(rows(net.task), range(4)), eval.fingerprints(net.llm, net.tokenizer, net.task)
+    llm.embedding.weight.data[3, 7] *= 1 + 1e-6                         # of a byte that no prompt has
+    with pytest.raises(ValueError, match="backbone changed: 1 of .* behind the adapter"):
+        eval.check_backbone(net, fresh, batch)
+    fresh = eval.fingerprints(net.llm, net.tokenizer, net.task)
+    llm.requires_grad_(True)                                            # a training step may move it
+    with pytest.raises(ValueError, match="backbone changed: .* after a training step"):
+        eval.check_backbone(net, fresh, batch)
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--audio", "a.npy"], "belong to --text"), (["--decode", "beam"], "invalid choice"),
+    (["--tex", "x"], "unrecognized")])
+def test_wrong_usage(run, monkeypatch, capsys, words, message):
+    with pytest.raises(SystemExit) as error:
+        command(monkeypatch, capsys, run, *words)
+    assert error.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(no_mixer=True), "no_mixer is True in settings.json, False in adapter"), (dict(official=True), "mode"),
+    (dict(device="cuda"), "pass --device cpu"), (dict(llm="nowhere/at-all"), "no such backbone")])
+def test_a_run_that_does_not_fit_is_refused(run, monkeypatch, capsys, change, message):
+    if "device" in change and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    settings = json.loads((run / "settings.json").read_text())
+    (run / "settings.json").write_text(json.dumps(settings | change))
+    with pytest.raises(ValueError, match=message):
+        command(monkeypatch, capsys, run)
+
+
+def test_no_run(tmp_path, monkeypatch, capsys):
+    with pytest.raises(ValueError, match="no runs found"):
+        command(monkeypatch, capsys, tmp_path)
+    (tmp_path / "settings.json").write_text("{")
+    with pytest.raises(ValueError, match="settings.json: not valid JSON"):
+        command(monkeypatch, capsys, tmp_path)
+    (tmp_path / "settings.json").write_text('{"data": "demo", "llm": null, "device": "cpu", "dtype": "float32"}')
+    with pytest.raises(ValueError, match="settings.json: has no data_dir, official, eval_batch"):
+        command(monkeypatch, capsys, tmp_path)

@@ -1,0 +1,445 @@
+"""Parsing of odd answers; metrics against plain loops and scikit-learn; undefined values, intervals, tables."""
+import json
+import math
+import pickle
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from eval import (
+    METRICS, Undefined, bootstrap, class_metrics, confusion, confusion_table, in_range, intensity_table, mosei_metrics,
+    parse_answer, per_class, reasons, simsv2_metrics,
+)
+
+pytestmark = pytest.mark.filterwarnings("error")            # a warning is a failure
+MELD_TEST = Path(__file__).parents[1] / "../shared/data/MELD/meld_test.pkl"
+MELD_LABELS = ("neutral", "surprise", "fear", "sadness", "joy", "disgust", "anger")
+
+
+@dataclass(frozen=True)
+class StandIn:
+    labels: tuple = ()
+    range: tuple | None = None
+
+
+CLASSES, MOSEI, SIMS = StandIn(labels=MELD_LABELS), StandIn(range=(-3, 3)), StandIn(range=(-1, 1))
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Answers
+
+nan, inf, _ = float("nan"), float("inf"), None
+ANSWERS = [                 # text, strict class, strict intensity, official
+    ("3", 3.0, 3.0, 3.0), (" 3", 3.0, 3.0, 3.0), ("3\n", 3.0, 3.0, 3.0), ("\t3 \u3000", 3.0, 3.0, 3.0),
+    ("0", 0.0, 0.0, 0.0), ("7", 7.0, 7.0, 7.0), ("12", 12.0, 12.0, 12.0), ("03", 3.0, 3.0, 3.0), ("3.0", _, 3.0, 3.0),
+    ("+3", _, 3.0, 3.0), ("-1", _, -1.0, -1.0), ("-1.6", _, -1.6, -1.6), ("+0.5", _, 0.5, 0.5),
+    ("0.25", _, 0.25, 0.25), ("-0.0", _, -0.0, -0.0), ("+0.0", _, 0.0, 0.0), ("99.9", _, 99.9, 99.9),
+    ("9" * 400, inf, inf, inf),
+    # not plain, and yet the release reads them
+    ("–1.0", _, _, -1.0), ("一0.5", _, _, -0.5), ("：1", _, _, 1.0), (": 0.4", _, _, 0.4), ("0.4/", _, _, 0.4),
+    ("1/2", _, _, 12.0), ("(0.6", _, _, 0.6), ("(/：2:", _, _, 2.0), (".5", _, _, 0.5), ("5.", _, _, 5.0),
+    ("1e9", _, _, 1e9), ("1E0", _, _, 1.0), ("1_0", _, _, 10.0), ("nan", _, _, nan), ("inf", _, _, inf),
+    ("-Infinity", _, _, -inf), ("٣", _, _, 3.0), ("３", _, _, 3.0), ("-٣.٥", _, _, -3.5), ("1e400", _, _, inf),
+    ("–一1", _, _, 0.0),
+    # what the release makes a 0 of
+    ("", _, _, 0.0), (" ", _, _, 0.0), ("0.5.", _, _, 0.0), ("½", _, _, 0.0), ("3²", _, _, 0.0), ("²", _, _, 0.0),
+    ("- 1", _, _, 0.0), ("--1", _, _, 0.0), ("+-1", _, _, 0.0), ("−1", _, _, 0.0), ("0,5", _, _, 0.0),
+    ("(0.6)", _, _, 0.0), ("1 2", _, _, 0.0), ("1\n2", _, _, 0.0), ("3</s>", _, _, 0.0), ("joy", _, _, 0.0),
+    ("0x1", _, _, 0.0), ("-", _, _, 0.0), (".", _, _, 0.0), ("None", _, _, 0.0), ("三", _, _, 0.0),
+    ("3\x00", _, _, 0.0), ("portalΨ", _, _, 0.0), ("位置清晨地在仍是", _, _, 0.0),
+]
+
+
+def same(a, b):
+    """Equal in value, None and nan and the sign of zero included."""
+    if None in (a, b):
+        return a is b
+    return (a == b or (a != a and b != b)) and math.copysign(1, a) == math.copysign(1, b)
+
+
+@pytest.mark.parametrize("text, as_class, as_intensity, as_release", ANSWERS, ids=[ascii(a[0])[:20] for a in ANSWERS])
+def test_answers(text, as_class, as_intensity, as_release):
+    assert same(parse_answer(text, CLASSES), as_class)
+    for task in (MOSEI, SIMS):
+        assert same(parse_answer(text, task), as_intensity)
+    for task in (CLASSES, MOSEI, SIMS):
+        assert same(parse_answer(text, task, official=True), as_release)
+
+
+def test_label_texts_are_read_back():
+    for value in range(-30, 31):
+        for text in (f"{value / 10:.1f}", f"{value / 10:+.1f}"):
+            assert parse_answer(text, MOSEI) == value / 10 == parse_answer(text, MOSEI, official=True)
+
+
+def test_in_range():
+    assert [in_range(x, CLASSES) for x in (0, 6.0, 7.0, -1, 3.5, nan, inf)] == [True, True] + [False] * 5
+    assert [in_range(x, MOSEI) for x in (-3, 3.0, 0.05, -3.1, 245, nan, inf)] == [True] * 3 + [False] * 4
+    assert [in_range(x, SIMS) for x in (-1, -0.0, 1.0, 1.1, -inf)] == [True] * 3 + [False] * 2
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Metrics against plain loops
+
+def slow_accuracy_f1(pred, true):
+    """Accuracy and weighted F1, nan without rows; pred may be anything, true a list of hashable classes."""
+    n = len(true)
+    if n == 0:
+        return nan, nan
+    accuracy, weighted = sum(1 for p, t in zip(pred, true) if p == t) / n, 0.0
+    for c in set(true):
+        tp = sum(1 for p, t in zip(pred, true) if p == c and t == c)
+        fp = sum(1 for p, t in zip(pred, true) if p == c and t != c)
+        fn = sum(1 for p, t in zip(pred, true) if p != c and t == c)
+        precision = tp / (tp + fp) if tp + fp else 0.0
+        recall = tp / (tp + fn)
+        f1 = 2 * precision * recall / (precision + recall) if tp else 0.0
+        weighted += f1 * (tp + fn) / n
+    return accuracy, weighted
+
+
+def slow_moments(pred, true):
+    """MAE, Pearson's r, R2; nan where undefined."""
+    n = len(true)
+    if n == 0:
+        return nan, nan, nan
+    mae, mp, mt = sum(abs(p - t) for p, t in zip(pred, true)) / n, math.fsum(pred) / n, math.fsum(true) / n
+    flat_pred, flat_true = len(set(pred)) == 1, len(set(true)) == 1
+    spp, stt = math.fsum((p - mp) ** 2 for p in pred), math.fsum((t - mt) ** 2 for t in true)
+    spt = math.fsum((p - mp) * (t - mt) for p, t in zip(pred, true))
+    corr = nan if flat_pred or flat_true else spt / math.sqrt(spp * stt)
+    r2 = nan if flat_true else 1 - math.fsum((t - p) ** 2 for p, t in zip(pred, true)) / stt
+    return mae, corr, r2
+
+
+def clip(x, top):
+    return max(-top, min(top, x))
+
+
+def half_even(x):
+    low = math.floor(x)
+    return low if x - low < 0.5 else low + 1 if x - low > 0.5 else low + low % 2
+
+
+def slow_mosei(pred, true):
+    non0 = [(p, t) for p, t in zip(pred, true) if t != 0]
+    has0 = slow_accuracy_f1([p >= 0 for p in pred], [t >= 0 for t in true])
+    cut = slow_accuracy_f1([p > 0 for p, _ in non0], [t > 0 for _, t in non0])
+    acc = {n: slow_accuracy_f1(*([half_even(clip(x, n // 2)) for x in side] for side in (pred, true)))[0]
+           for n in (5, 7)}
+    mae, corr, _ = slow_moments(pred, true)
+    return {"has0_acc2": has0[0], "has0_f1": has0[1], "non0_acc2": cut[0], "non0_f1": cut[1],
+            "acc5": acc[5], "acc7": acc[7], "mae": mae, "corr": corr}
+
+
+def slow_sims(pred, true):
+    pred, true = [clip(p, 1.0) for p in pred], [clip(t, 1.0) for t in true]
+
+    def bins(values, *edges):
+        return [sum(1 for e in edges if x > e) for x in values]
+    weak = [(p, t) for p, t in zip(pred, true) if -0.4 <= t <= 0.4]
+    acc2, f1 = slow_accuracy_f1(bins(pred, 0), bins(true, 0))
+    weak_acc2 = slow_accuracy_f1(bins([p for p, _ in weak], 0), bins([t for _, t in weak], 0))[0]
+    acc3 = slow_accuracy_f1(bins(pred, -0.1, 0.1), bins(true, -0.1, 0.1))[0]
+    acc5 = slow_accuracy_f1(bins(pred, -0.7, -0.1, 0.1, 0.7), bins(true, -0.7, -0.1, 0.1, 0.7))[0]
+    mae, corr, r2 = slow_moments(pred, true)
+    return {"acc2": acc2, "f1": f1, "weak_acc2": weak_acc2, "acc3": acc3, "acc5": acc5,
+            "mae": mae, "corr": corr, "r2": r2}
+
+
+def slow_classes(pred, true):
+    return dict(zip(("accuracy", "weighted_f1"), slow_accuracy_f1(pred, true)))
+
+
+TIES = [0.0, -0.0, 0.1, -0.1, 0.4, -0.4, 0.7, -0.7, 0.5, -0.5, 1.0, -1.0, 1.5, -1.5, 2.0, -2.0, 2.5, -2.5, 3.0, -3.0,
+        3.5, -4.0]
+
+
+def vectors(count, seed):
+    """(pred, true) of tenths and ties, a few rows each: ordinary, one true value, constant predictions, both."""
+    rng = np.random.default_rng(seed)
+    for i in range(count):
+        n = int(rng.integers(1, 24))
+        scale = (1, 3, 4)[i % 3]
+        pred, true = (np.where(rng.random(n) < 0.5, rng.choice(TIES, n), np.round(rng.uniform(-scale, scale, n), 1))
+                      for _ in "pt")
+        if i % 8 == 1:
+            true[:] = true[0]
+        if i % 8 == 2:
+            pred[:] = pred[0]
+        if i % 32 == 3:
+            pred[:], true[:] = pred[0], true[0]
+        if i % 8 == 4:
+            pred = true.copy()
+        yield pred, true
+
+
+def agree(ours, theirs, where):
+    assert list(ours) == list(theirs)
+    for name, value in ours.items():
+        assert type(value) in (float, Undefined)
+        assert (name in reasons(ours)) == math.isnan(value)
+        assert value == pytest.approx(theirs[name], rel=1e-6, abs=1e-6, nan_ok=True), (name, where)
+        if "acc" in name and not math.isnan(value):
+            assert value == theirs[name], (name, where)
+
+
+def test_intensities_equal_plain_loops():
+    forms = (lambda x: x.astype(np.float32), lambda x: x, lambda x: x.tolist())
+    for i, (pred, true) in enumerate(vectors(10_000, seed=1)):
+        ours = [forms[i % 3](pred), forms[i // 3 % 3](true)]
+        agree(mosei_metrics(*ours), slow_mosei(pred.tolist(), true.tolist()), (pred, true))
+        agree(simsv2_metrics(*ours), slow_sims(pred.tolist(), true.tolist()), (pred, true))
+
+
+def class_vectors(count, seed):
+    """(pred, true, number of classes): some predictions are no class; truth of one class, constant predictions."""
+    rng = np.random.default_rng(seed)
+    for i in range(count):
+        n, k = int(rng.integers(1, 40)), int(rng.integers(1, 8))
+        pred, true = rng.integers(-1 if i % 2 else 0, k, n), rng.integers(0, k, n)
+        if i % 8 == 1:
+            true[:] = true[0]
+        if i % 8 == 2:
+            pred[:] = pred[0]
+        yield pred, true, k
+
+
+def test_classes_equal_plain_loops():
+    for pred, true, _ in class_vectors(10_000, seed=2):
+        agree(class_metrics(pred, true), slow_classes(pred.tolist(), true.tolist()), (pred, true))
+        assert class_metrics(pred.tolist(), true.tolist()) == class_metrics(pred, true)
+
+
+def test_intensities_equal_scikit_learn():
+    sk, stats = pytest.importorskip("sklearn.metrics"), pytest.importorskip("scipy.stats")
+    for pred, true in vectors(200, seed=3):
+        mosei, sims = mosei_metrics(pred, true), simsv2_metrics(pred, true)
+        assert mosei["has0_acc2"] == sk.accuracy_score(true >= 0, pred >= 0)
+        assert mosei["has0_f1"] == pytest.approx(sk.f1_score(true >= 0, pred >= 0, average="weighted", zero_division=0))
+        if len(kept := np.flatnonzero(true)):
+            up = true[kept] > 0, pred[kept] > 0
+            assert mosei["non0_acc2"] == sk.accuracy_score(*up)
+            assert mosei["non0_f1"] == pytest.approx(sk.f1_score(*up, average="weighted", zero_division=0))
+        for n in (5, 7):
+            rounded = [np.round(np.clip(x, -(n // 2), n // 2)).astype(int) for x in (true, pred)]
+            assert mosei[f"acc{n}"] == sk.accuracy_score(*rounded)
+        assert mosei["mae"] == pytest.approx(sk.mean_absolute_error(true, pred), abs=1e-6)
+        if len(set(true)) > 1 and len(set(pred)) > 1:
+            assert mosei["corr"] == pytest.approx(stats.pearsonr(pred, true)[0], abs=1e-6)
+        pred, true = np.clip(pred, -1, 1), np.clip(true, -1, 1)
+        assert sims["acc2"] == sk.accuracy_score(true > 0, pred > 0)
+        assert sims["f1"] == pytest.approx(sk.f1_score(true > 0, pred > 0, average="weighted", zero_division=0))
+        assert sims["mae"] == pytest.approx(sk.mean_absolute_error(true, pred), abs=1e-6)
+        if len(set(true)) > 1:
+            assert sims["r2"] == pytest.approx(sk.r2_score(true, pred), rel=1e-5, abs=1e-6)
+
+
+def test_classes_equal_scikit_learn():
+    sk = pytest.importorskip("sklearn.metrics")
+    for pred, true, k in class_vectors(400, seed=4):
+        ours, labels = class_metrics(pred, true), range(k)
+        weights = dict(labels=labels, average="weighted", zero_division=0)          # -1 is not among the labels
+        assert ours["accuracy"] == sk.accuracy_score(true, pred)
+        assert ours["weighted_f1"] == pytest.approx(sk.f1_score(true, pred, **weights))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")                                         # about y_pred holding other classes
+            theirs = sk.precision_recall_fscore_support(true, pred, labels=labels, zero_division=0)
+            matrix = sk.confusion_matrix(true, pred, labels=[*labels, -1])
+        np.testing.assert_allclose(per_class(pred, true, k), theirs, atol=1e-12)
+        np.testing.assert_array_equal(confusion(pred, true, k), matrix[:k])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Edges, one by one
+
+@pytest.mark.parametrize("width", [np.float32, np.float64])
+@pytest.mark.parametrize("other", [np.float32, np.float64])
+def test_a_value_on_an_edge_lands_as_an_exact_decimal(width, other):
+    def score(metric, pred, true):
+        return metric(np.array([pred], width), np.array([true], other))
+    bins = {"acc2": [(-0.4, 0), (-0.0, 0), (0.0, 0), (0.1, 1)], "acc3": [(-0.1, 0), (-0.0, 1), (0.1, 1), (0.2, 2)],
+            "acc5": [(-1.0, 0), (-0.7, 0), (-0.6, 1), (-0.1, 1), (0.0, 2), (0.1, 2), (0.2, 3), (0.7, 3), (0.8, 4)]}
+    for name, known in bins.items():
+        for pred, p in known:
+            for true, t in known:
+                assert score(simsv2_metrics, pred, true)[name] == (p == t), (name, pred, true)
+    for true, weak in {0.4: True, -0.4: True, 0.5: False, -0.5: False}.items():
+        assert math.isnan(score(simsv2_metrics, 0.0, true)["weak_acc2"]) != weak
+    rounded = {-3.2: -3, -2.5: -2, -1.5: -2, -0.5: 0, -0.0: 0, 0.5: 0, 0.6: 1, 1.5: 2, 2.5: 2, 2.6: 3, 3.5: 3}
+    for pred, p in rounded.items():
+        for true, t in rounded.items():
+            assert score(mosei_metrics, pred, true)["acc7"] == (p == t), (pred, true)
+            assert score(mosei_metrics, pred, true)["acc5"] == (clip(p, 2) == clip(t, 2)), (pred, true)
+    assert score(mosei_metrics, -0.0, 0.0)["has0_acc2"] == 1 and score(mosei_metrics, -0.1, -0.0)["has0_acc2"] == 0
+    assert score(mosei_metrics, 0.0, -1.0)["non0_acc2"] == 1 and score(mosei_metrics, 0.0, 1.0)["non0_acc2"] == 0
+
+
+def test_the_noise_of_an_average_is_no_side_of_an_edge():
+    noisy = (0.1 + 0.2 + 0.3 - 0.2) / 1.0                                           # 0.4000000000000001
+    assert noisy != 0.4 and noisy > 0.4
+    assert simsv2_metrics([0.3], [noisy])["weak_acc2"] == 1
+    assert simsv2_metrics([0.3], [np.float32(0.4)])["weak_acc2"] == 1               # 0.4 of float32 is 0.4000000059...
+    assert simsv2_metrics([0.4], [np.float32(0.4)])["mae"] == 0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Undefined values
+
+def test_undefined_values_say_why():
+    assert reasons(mosei_metrics([], [])) == dict.fromkeys(mosei_metrics([], []), "no rows") | dict.fromkeys(
+        ("non0_acc2", "non0_f1"), "no true value but 0")
+    assert reasons(class_metrics([], [])) == {"accuracy": "no rows", "weighted_f1": "no rows"}
+    assert set(reasons(simsv2_metrics([], []))) == set(simsv2_metrics([], []))
+    assert reasons(mosei_metrics([1], [2])) == {"corr": "only one row"}
+    assert reasons(simsv2_metrics([1], [.2])) == {"corr": "only one row", "r2": "only one row"}
+    assert reasons(mosei_metrics([1, 1], [2, 3])) == {"corr": "predictions are constant"}
+    assert reasons(mosei_metrics([0.0, -0.0], [2, 3])) == {"corr": "predictions are constant"}
+    assert reasons(mosei_metrics([1, 2], [3, 3])) == {"corr": "true values are constant"}
+    assert reasons(simsv2_metrics([2, 3], [.2, .3])) == {"corr": "predictions are constant"}         # once clipped
+    assert reasons(simsv2_metrics([.2, .3], [.8, .8])) == {
+        "weak_acc2": "no true value within 0.4 of 0"} | dict.fromkeys(("corr", "r2"), "true values are constant")
+    assert reasons(mosei_metrics([1, 2], [0.0, -0.0])) == {
+        "non0_acc2": "no true value but 0", "non0_f1": "no true value but 0", "corr": "true values are constant"}
+    assert reasons(class_metrics([-1], [0])) == {}
+
+
+def test_an_undefined_value_is_a_nan():
+    value = Undefined("no rows")
+    assert math.isnan(value) and f"{value:.3f}" == "nan" and json.dumps([value]) == "[NaN]"
+
+
+def test_answers_that_are_no_number():
+    for missing in (None, nan):
+        scores = mosei_metrics([missing, 1.0, -2.0], [1.0, 1.0, -2.0])
+        assert [scores[k] for k in ("has0_acc2", "non0_acc2", "acc5", "acc7")] == [2 / 3] * 4
+        assert reasons(scores) == dict.fromkeys(("mae", "corr"), "a prediction is no number")
+        scores = simsv2_metrics([missing, .2, -.6], [-.4, .2, -.6])
+        assert [scores[k] for k in ("acc2", "acc3", "acc5")] == [2 / 3] * 3 and scores["weak_acc2"] == 1 / 2
+        assert set(reasons(scores)) == {"mae", "corr", "r2"}
+        assert class_metrics([missing, 1, 2], [0, 1, 2])["accuracy"] == 2 / 3
+    for endless in (inf, 1e300):
+        scores = mosei_metrics([endless, 1.0, -2.0], [3.0, 1.0, -2.0])
+        assert scores["acc7"] == 1 and scores["mae"] == inf and reasons(scores) == {"corr": "a prediction is infinite"}
+        assert simsv2_metrics([endless, .2, -.6], [1.0, .2, -.6])["r2"] == 1
+    assert mosei_metrics([1e30, 1.0, -2.0], [3.0, 1.0, -2.0])["mae"] == pytest.approx(1e30 / 3)
+    assert class_metrics([1e300, inf, 2.5, 7, 2], [0, 1, 2, 2, 2]) == {"accuracy": 1 / 5, "weighted_f1": 3 / 5 * 2 / 4}
+
+
+def test_what_cannot_be_scored_is_refused():
+    for metric in METRICS.values():
+        with pytest.raises((AssertionError, ValueError)):
+            metric([1, 2], [1, 2, 3])
+    with pytest.raises(AssertionError, match="3 predictions for 2"):
+        bootstrap(class_metrics, [1, 2, 3], [1, 2])
+    for true in ([-1], [7]):
+        with pytest.raises(AssertionError, match="0..6"):
+            confusion([0], true, 7)
+    with pytest.raises(AssertionError, match="finite"):
+        mosei_metrics([1.0], [nan])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# MELD
+
+def meld_test_labels():
+    """The labels of the pickle's rows; every object that is not of a plain type is read as an empty shell."""
+    class Shell:
+        def __init__(self, *_):
+            pass
+
+        def __setstate__(self, _):
+            pass
+
+    class Plain(pickle.Unpickler):
+        def find_class(self, module, name):
+            return Shell
+    with MELD_TEST.open("rb") as file:
+        return [MELD_LABELS.index(row["label"]) for row in Plain(file).load()]
+
+
+@pytest.mark.skipif(not MELD_TEST.exists(), reason="MELD's test split is not beside the project")
+def test_always_neutral_on_meld():
+    true = meld_test_labels()
+    scores = class_metrics(np.zeros(len(true)), true)
+    assert len(true) == 2610 and confusion(np.zeros(2610), true, 7)[0, 0] == 1256
+    assert {k: round(v, 4) for k, v in scores.items()} == {"accuracy": 0.4812, "weighted_f1": 0.3127}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Intervals and tables
+
+def test_the_table_of_tasks():
+    assert {name: metric.__name__ for name, metric in METRICS.items()} == {
+        "meld": "class_metrics", "cherma": "class_metrics", "demo": "class_metrics",
+        "mosei": "mosei_metrics", "mosi": "mosei_metrics", "simsv2": "simsv2_metrics"}
+
+
+def test_bootstrap():
+    rng = np.random.default_rng(5)
+    true = rng.integers(0, 7, 2610)
+    pred = np.where(rng.random(2610) < 0.6, true, rng.integers(-1, 7, 2610))
+    low, high = bootstrap(class_metrics, pred, true, seed=3)["accuracy"]
+    share = (pred == true).mean()
+    half = 1.96 * math.sqrt(share * (1 - share) / 2610)                             # of the normal approximation
+    assert low == pytest.approx(share - half, abs=0.004) and high == pytest.approx(share + half, abs=0.004)
+    again = bootstrap(class_metrics, pred.tolist(), true.tolist(), seed=3)
+    assert again["accuracy"] == (low, high) != bootstrap(class_metrics, pred, true, seed=4)["accuracy"]
+
+
+def test_bootstrap_leaves_out_as_many_draws_at_each_end():
+    drawn = iter(np.random.default_rng(0).permutation(1000))
+    assert bootstrap(lambda pred, true: {"x": float(next(drawn))}, [0], [0]) == {"x": (25.0, 974.0)}
+
+
+def test_bootstrap_draws_rows_in_pairs():
+    true = np.arange(50) / 25 - 1
+    assert bootstrap(simsv2_metrics, true, true, draws=50)["mae"] == (0, 0)
+    both = np.stack([true, true + 0.1], 1)                                        # the second is off by 0.1 everywhere
+
+    def difference(pred, true):
+        first, second = (mosei_metrics(system, true)["mae"] for system in pred.T)
+        return {"mae": second - first}
+    worse = bootstrap(difference, both, true, draws=50)
+    assert worse["mae"] == pytest.approx((0.1, 0.1), abs=1e-6)
+
+
+def test_bootstrap_of_what_is_undefined():
+    for metric in (class_metrics, mosei_metrics, simsv2_metrics):
+        assert np.isnan(list(bootstrap(metric, [], [], draws=5).values())).all()
+    intervals = bootstrap(mosei_metrics, [1, 2, 2], [1, 3, 0], draws=200)          # some draws are constant
+    assert intervals["corr"][1] == pytest.approx(1) and not np.isnan(intervals["non0_f1"]).any()
+    assert bootstrap(mosei_metrics, [inf, 2], [1, 3], draws=200)["mae"] == (1, inf)
+    assert np.isnan(bootstrap(mosei_metrics, [1, 1], [1, 2], draws=9)["corr"]).all()
+
+
+def test_confusion_table():
+    names = ["愤怒", "joy", "平静"]
+    assert confusion_table(confusion([0, 0, 1, 2, -1, 2] + [1] * 1000, [0, 1, 1, 2, 2, 0] + [1] * 1000, 3), names) == (
+        "true \\ pred  愤怒   joy  平静  none\n"
+        "       愤怒     1     0     1     0\n"
+        "        joy     1  1001     0     0\n"
+        "       平静     0     0     1     1")
+    with pytest.raises(ValueError):
+        confusion_table(np.zeros((3, 4), int), names[:2])
+
+
+def test_intensity_tables():
+    assert intensity_table([-9, -0.5, 0.5, 1.5, 3, nan], [-3, 0, 0.4, 2.5, 3, 1], -3, 3) == (
+        "true \\ pred  -3  -2  -1  0  1  2  3  none\n"
+        "         -3   1   0   0  0  0  0  0     0\n"
+        "         -2   0   0   0  0  0  0  0     0\n"
+        "         -1   0   0   0  0  0  0  0     0\n"
+        "          0   0   0   0  2  0  0  0     0\n"
+        "          1   0   0   0  0  0  0  0     1\n"
+        "          2   0   0   0  0  0  1  0     0\n"
+        "          3   0   0   0  0  0  0  1     0")
+    assert intensity_table([-1.5, -0.7, 0.1, 0.7, None], np.float32([-0.7, -0.1, 0.1, 0.2, 1]), -1.0, 1.0) == (
+        "true \\ pred  [-1,-.7]  (-.7,-.1]  (-.1,.1]  (.1,.7]  (.7,1]  none\n"
+        "   [-1,-.7]         1          0         0        0       0     0\n"
+        "  (-.7,-.1]         1          0         0        0       0     0\n"
+        "   (-.1,.1]         0          0         1        0       0     0\n"
+        "    (.1,.7]         0          0         0        1       0     0\n"
+        "     (.7,1]         0          0         0        0       0     1")
