@@ -6,8 +6,9 @@
     python train.py -h                                          every setting
 
 Each seed has its own folder, OUT/SEED: settings.json, log.jsonl (a line per epoch) and curves.svg, adapter.safetensors
-(the best epoch by validation), predictions.csv and metrics.json (the test split), results.json (the record and the
-files' sha256). The same command again continues what was interrupted, to the same bytes; finished runs are left alone.
+(the best epoch by validation) and features.json (the training features' range), predictions.csv and metrics.json (the
+test split), results.json (the record and the files' sha256). The same command again continues what was interrupted, to
+the same bytes; finished runs are left alone.
 """
 import argparse
 import csv
@@ -34,8 +35,21 @@ from safetensors.torch import save as tensors_to_bytes
 from tqdm import tqdm
 
 from adapter import AdapterConfig, MSEAdapter, MultimodalLLM, load_adapter, save_adapter
-from data import HERE, SPLITS, TASKS, Split, collate, epoch_rows, find_llm, load_split, load_tokenizer, preset
-from eval import ablation, collapsed, evaluate, write_predictions
+from data import (
+    HERE,
+    SPLITS,
+    TASKS,
+    Split,
+    collate,
+    epoch_rows,
+    fetch_data,
+    fetch_llm,
+    find_llm,
+    load_split,
+    load_tokenizer,
+    preset,
+)
+from eval import DECODE, READOUT, ablation, collapsed, evaluate, feature_range, write_results
 from model import Config, load_llm, rope_table, write_atomic
 
 try:
@@ -70,10 +84,16 @@ class Settings:
     pseudo_tokens: int | None = setting(None, "P")
     audio_hidden: int | None = setting(None, "width of the audio LSTM's state")
     video_hidden: int | None = setting(None, "width of the video LSTM's state")
+    no_mixer: bool = setting(False, "ablation: add the modalities, without the text's product")
+    no_fusion: bool = setting(False, "ablation: one linear layer in the place of Multi-Scale-Fusion")
+    modality: str = setting("both", "ablation: both, audio or video")
+    independent_tokens: bool = setting(False, "pseudo tokens of their own, no scaled copies of one vector")
     warmup: float = setting(0.1, "share of all steps in which the learning rate climbs from 0")
     weight_decay: float = setting(0.01, "of AdamW")
     adam_eps: float = setting(1e-4, "of AdamW")
 
+    decode: str = setting("greedy", "how answers are read when epochs are compared and tested: " + ", ".join(DECODE))
+    readout: str = setting("mean", "an intensity under --decode labels: " + ", ".join(READOUT))
     micro_batch: int = setting(0, "rows at a time within a step, to save memory; 0: all")
     recompute: str = setting("auto", "blocks that recompute their activations in backward: auto, on, off or a number")
     eval_batch: int = setting(64, "rows at a time when answering")
@@ -81,10 +101,11 @@ class Settings:
     dtype: str = setting("auto", "of the backbone: float32, bfloat16, float16; auto: bfloat16 on a GPU that has it")
     save_minutes: float = setting(10.0, "save the state so often within an epoch")
     overwrite: bool = setting(False, "discard what the run's folder holds")
+    download: bool = setting(False, "fetch data set and backbone if they are not here")
 
 
 # Settings that may change between an interrupted run and its continuation: they do not shape the result.
-FREE = {"out", "seeds", "save_minutes", "overwrite", "eval_batch", "data_dir", "recompute"}
+FREE = {"out", "seeds", "save_minutes", "overwrite", "eval_batch", "data_dir", "recompute", "download"}
 
 
 def parse_settings(argv=None) -> Settings:
@@ -102,12 +123,13 @@ def parse_settings(argv=None) -> Settings:
             shown = "" if f.default is None else f" [{f.default}]"
             parser.add_argument(flag, type=kind, default=f.default, help=about + shown, metavar=kind.__name__.upper())
     settings = Settings(**vars(parser.parse_args(argv)))
-    if settings.data not in TASKS:
-        parser.error(f"argument --data: {settings.data!r} is none of {', '.join(TASKS)}")
+    choices = {"data": tuple(TASKS), "dtype": ("auto", "float32", "bfloat16", "float16"), "decode": DECODE,
+               "readout": READOUT, "modality": ("both", "audio", "video")}
+    for name, known in choices.items():
+        if getattr(settings, name) not in known:
+            parser.error(f"argument --{name}: {getattr(settings, name)!r} is none of {', '.join(known)}")
     if settings.recompute not in ("auto", "on", "off") and not settings.recompute.isdigit():
         parser.error(f"argument --recompute: {settings.recompute!r} is none of auto, on, off or a number of blocks")
-    if settings.dtype not in ("auto", "float32", "bfloat16", "float16"):
-        parser.error(f"argument --dtype: {settings.dtype!r} is none of auto, float32, bfloat16, float16")
     for name in ("learning_rate", "batch_size", "epochs", "max_epochs", "patience", "pseudo_tokens", "eval_batch"):
         if (value := getattr(settings, name)) is not None and value <= 0:
             parser.error(f"argument --{name.replace('_', '-')}: {value} is not above 0")
@@ -326,7 +348,7 @@ def fit(net: MultimodalLLM, train: Split, valid: Split, settings: Settings, seed
             train_epoch(net, optimizer, scaler, train, settings, seed, recompute, progress, began,
                         lambda best=best: save_state(folder, net, optimizer, best, progress))
             # 2) validate
-            result = evaluate(net, valid, settings.eval_batch, name="valid")
+            result = evaluate(net, valid, settings.eval_batch, "valid", settings.decode, settings.readout)
             score = result.scores[net.task.select] * (1 if net.task.labels else -1)
             # 3) keep the best epoch's adapter
             progress.log.append(log_entry(progress, result, settings, steps, began))
@@ -455,7 +477,8 @@ PUBLISHED = {
     ("chatglm", "cherma"): {"accuracy": (.7290, .0055), "weighted_f1": (.7273, .0062)},
     ("llama", "cherma"): {"accuracy": (.7158, .0119), "weighted_f1": (.7141, .0135)},
 }
-RECORD = ("settings.json", "log.jsonl", "curves.svg", "adapter.safetensors", "predictions.csv")
+RECORD = ("settings.json", "features.json", "log.jsonl", "curves.svg", "adapter.safetensors", "predictions.csv",
+          "metrics.json")
 
 
 def train_run(llm, tokenizer, splits: dict, settings: Settings, seed: int, folder: Path) -> dict:
@@ -470,23 +493,26 @@ def train_run(llm, tokenizer, splits: dict, settings: Settings, seed: int, folde
         record = read_record(folder)
         print(f"seed {seed}: finished before, left alone (--overwrite discards it); test {record['line']}")
         return record
-    task, config = TASKS[settings.data], AdapterConfig(
-        llm.config.dim, *(splits["train"].__dict__[m][0].shape[1] for m in ("audio", "video")),
-        settings.audio_hidden, settings.video_hidden, settings.pseudo_tokens)
+    task, train = TASKS[settings.data], splits["train"]
+    config = AdapterConfig(
+        llm.config.dim, train.audio[0].shape[1], train.video[0].shape[1], settings.audio_hidden, settings.video_hidden,
+        settings.pseudo_tokens, no_mixer=settings.no_mixer, no_fusion=settings.no_fusion, modality=settings.modality,
+        independent_tokens=settings.independent_tokens)
     with torch.random.fork_rng(devices=[]):                             # the adapter's start depends on the seed alone
         torch.manual_seed(seed)
         adapter = MSEAdapter(config).to(settings.device)
     net = MultimodalLLM(llm, adapter, tokenizer, task, settings.official)
     trainable = sum(p.numel() for p in adapter.parameters())
     print(f"seed {seed}: {trainable:,} parameters train, {sum(p.numel() for p in llm.parameters()):,} are frozen")
-    progress = fit(net, splits["train"], splits["valid"], settings, seed, folder)
+    write_atomic(folder / "features.json", json.dumps(feature_range(train)).encode())
+    progress = fit(net, train, splits["valid"], settings, seed, folder)
     net = load_adapter(folder / "adapter.safetensors", llm, tokenizer, task, settings.official)
-    result = evaluate(net, splits["test"], settings.eval_batch, name="test")
-    write_predictions(folder / "predictions.csv", splits["test"], result)
+    result = evaluate(net, splits["test"], settings.eval_batch, "test", settings.decode, settings.readout)
+    write_results(folder, splits["test"], {settings.decode: result})
     print(f"test (best epoch {progress.best_epoch}): {result.line()}", flush=True)
     if warning := collapsed(result, splits["test"].label, task):
         print(warning)
-    for line in ablation(net, splits["test"], settings.eval_batch):
+    for line in ablation(net, splits["test"], settings.eval_batch, settings.decode):
         print(line, flush=True)
     record = {"seed": seed, "backbone": Path(settings.llm or task.llm).name, "family": llm.config.family,
               "data": task.name, "mode": "official" if settings.official else "default",
@@ -574,8 +600,12 @@ def summarize(records: list[dict], out: Path):
 def main(argv=None):
     settings = parse_settings(argv)
     task = TASKS[settings.data]
+    data_dir = settings.data_dir or HERE / task.home
+    if settings.download:
+        fetch_data(task, data_dir)
+        fetch_llm(settings.llm or task.llm)
     path = find_llm(settings.llm or task.llm)
-    splits = {split: load_split(task, settings.data_dir or HERE / task.home, split) for split in SPLITS}
+    splits = {split: load_split(task, data_dir, split) for split in SPLITS}
     family, tokenizer = Config.from_dir(path).family, load_tokenizer(path)
     settings = resolve(settings, family)
     out = Path(settings.out or f"runs/{task.name}-{path.name}{'-official' if settings.official else ''}")

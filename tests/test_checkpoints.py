@@ -131,31 +131,30 @@ def test_rotary_tables_are_left_behind(bins, tmp_path):
     load_llm(tmp_path / "out")
 
 
-@pytest.mark.parametrize("stop", range(7))
+@pytest.mark.parametrize("stop", range(6))
 def test_an_interrupted_conversion_goes_on(tiny, bins, tmp_path, monkeypatch, stop):
     folder, out, moved = bins(shards=4), tmp_path / "out", []
+    steps = [f"model-{i:05}-of-00004.safetensors" for i in (1, 2, 3, 4)]
+    steps += ["config.json", "model.safetensors.index.json"]
 
-    def replace(source, target):
+    def replace(draft, target):
         if len(moved) == stop:
             raise KeyboardInterrupt
         moved.append(target.name)
-        os.rename(source, target)
+        os.rename(draft, target)
 
-    monkeypatch.setattr(os, "replace", replace)
-    steps = [f"model-{i:05}-of-00004.safetensors" for i in (1, 2, 3, 4)]
-    steps += ["config.json", "model.safetensors.index.json"]
-    if stop < len(steps):
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", replace)
         with pytest.raises(KeyboardInterrupt):
             convert(folder, out)
-        if stop:                                            # half done, it looks like no whole checkpoint
+        if stop:                                            # half done, it passes for no whole checkpoint
             (out / "config.json").write_bytes((folder / "config.json").read_bytes())
             has(refusal(load_llm, out), out, "without model.safetensors.index.json", "again")
-            has(refusal(describe, out), "without model.safetensors.index.json")
+            has(refusal(describe, out), out, "without model.safetensors.index.json", "again")
         moved.clear()
-        stop = 99
-    convert(folder, out)
-    done = len(steps) - len(moved)
-    assert moved == steps[done:] or moved == steps[4:]      # no whole shard is written twice
+        stop, again = 99, min(stop, 4)
+        convert(folder, out)
+    assert moved == steps[again:]                           # no whole shard is written twice, and the index is the last
     assert load_llm(out).fingerprint == tiny["llama"].fingerprint
     assert not list(out.glob(".*"))
 
@@ -227,7 +226,7 @@ def test_an_index_cannot_make_loading_open_a_pickle(bins, tmp_path, monkeypatch)
     (lambda: torch.ones(3, dtype=torch.float8_e4m3fn), ["float8", "quantised"]),
     (lambda: torch.ones(3, dtype=torch.complex64), ["complex"]),
     (lambda: torch.ones(1).expand(1 << 40, 36), ["misshapen", "[1099511627776, 36]", "[271, 36]"]),
-], ids=str)
+], ids=lambda value: value[0] if isinstance(value, list) else "")
 def test_tensors_that_are_not_plain_floats_are_refused(bins, tmp_path, make, words):
     folder = bins(change=lambda t: t.update({"lm_head.weight": make()}))
     with pytest.raises(ValueError) as error:
@@ -282,7 +281,7 @@ FAMILIES = ["llama (LLaMA, LLaMA2)", "qwen (Qwen)", "qwen2 (Qwen1.5, Qwen2, Qwen
     ("chatglm", {"quantization_bit": 4}, ["quantization_bit is 4", "fp16, bf16 or fp32"]),
     ("chatglm", {"rope_ratio": 500}, ["rope_ratio is 500"]),                                               # GLM-4
     ("chatglm", {"kv_channels": None}, ["not a positive number"]),
-    ("llama", {"num_attention_heads": 0}, ["not a positive number"]),
+    ("llama", {"num_attention_heads": 0}, ["n_head is 0"]),
     ("llama", {"hidden_size": "36"}, ["dim is '36'"]),
     ("llama", {"num_hidden_layers": 2.5}, ["n_layer is 2.5"]),
     ("llama", {"vocab_size": -1}, ["vocab_size is -1"]),

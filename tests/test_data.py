@@ -1,5 +1,6 @@
 """Data sets in both layouts and every spelling; batches; odd values; the check; finding and fetching files."""
 import contextlib
+import hashlib
 import http.server
 import importlib.util
 import io
@@ -226,6 +227,7 @@ FAULTS = {          # what a row holds instead, and what is said of it
     "label": (dict(label="joyful"), "the label 'joyful'; expected neutral, surprise, fear, .*, anger"),
     "no label": (dict(label=None), "the label None; expected neutral"),
     "class number": (dict(label=3), "the label 3; expected neutral"),
+    "labels": (dict(label=np.zeros(2)), r"the label array\(\[0., 0.\]\); expected neutral"),
     "length": (dict(audio_len=999), "the audio length 999; expected a count of its 6 frames"),
     "negative length": (dict(video_len=-1), "the video length -1; expected a count of its 6 frames"),
     "half a frame": (dict(video_len=2.5), "the video length 2.5; expected a count"),
@@ -379,7 +381,7 @@ def test_the_check_in_words(tmp_path, capsys):
     task = TASKS["simsv2"]
     splits = make_splits(task, "table", audio_dim=5, video_dim=3)
     splits["train"] |= {
-        "regression_labels": np.array([-1, -1, -1, 0.4, 0.4, 1, 0], "f4"), "text_bert": np.zeros((7, 3, 5)),
+        "regression_labels": np.array([-1, -1, -1, -0.4, -0.4, 1, 0], "f4"), "text_bert": np.zeros((7, 3, 5)),
         "vision": np.zeros((7, 6, 3), ">f8"), "vision_lengths": [0, 6, 6, 6, 6, 6, 1], "raw_text": ["", *"abcdef"]}
     splits["train"]["vision"][1, 0, 0] = 2.0
     code, out, _ = check(capsys, "simsv2", "--data-dir", write(tmp_path, task, splits))
@@ -391,7 +393,7 @@ def test_the_check_in_words(tmp_path, capsys):
             "           0 to 2, mean 0.0215, std 0.206\n",
             "  unused   text_bert\n",
             "  -1.0          3  42.9% ##########################\n  -0.8          0   0.0%\n",
-            "  +0.4          2  28.6% #################\n"):
+            "  -0.4          2  28.6% #################\n"):
         assert words in out, words
 
 
@@ -419,11 +421,14 @@ def test_what_the_published_files_have_is_no_problem(tmp_path, capsys, monkeypat
     task = TASKS["mosei"]
     splits = make_splits(task, "table", audio_dim=5, video_dim=3)
     splits["train"]["audio"][2, 0, 0] = -np.inf
+    for column in splits["train"].keys() - {"id"}:
+        splits["test"][column][0] = splits["train"][column][1]
     file = write(tmp_path, task, splits) / task.files["train"]
-    assert check(capsys, "mosei", "--data-dir", tmp_path)[0] == 1
-    monkeypatch.setitem(TASKS, "mosei", replace(task, sha256=data.sha256(file)))
     code, out, _ = check(capsys, "mosei", "--data-dir", tmp_path)
-    assert code == 0 and "sha256   as published" in out
+    assert code == 1 and out.count("problem: ") == 2
+    monkeypatch.setitem(TASKS, "mosei", replace(task, sha256=hashlib.sha256(file.read_bytes()).hexdigest()))
+    code, out, _ = check(capsys, "mosei", "--data-dir", tmp_path)
+    assert code == 0 and "sha256   as published" in out and "1 whole rows (0 of them known)\nmosei: 0 problems" in out
     task = TASKS["meld"]
     splits = make_splits(task, audio_dim=5, video_dim=3)
     splits["train"].append(splits["test"][0])
@@ -433,6 +438,17 @@ def test_what_the_published_files_have_is_no_problem(tmp_path, capsys, monkeypat
     write(tmp_path, task, splits)
     code, out, _ = check(capsys, "meld", "--data-dir", tmp_path)
     assert code == 0 and "1 whole rows (1 of them known)" in out
+
+
+def test_like_texts_without_features_or_with_another_label_are_no_double(tmp_path, capsys):
+    task = TASKS["meld"]
+    splits = make_splits(task, audio_dim=5, video_dim=3)
+    splits["test"][1] = splits["train"][1] | {"label": "fear" if splits["train"][1]["label"] == "joy" else "joy"}
+    for split in ("train", "test"):
+        splits[split][0]["label"] = "joy"
+        splits[split][0]["features"] |= {"text": "Yeah.", "audio": np.zeros((2, 5)), "audio_len": 2, "video_len": 0}
+    code, out, _ = check(capsys, "meld", "--data-dir", write(tmp_path, task, splits))
+    assert code == 0 and "in more than one split: 2 texts, 0 ids, 0 whole rows" in out
 
 
 def test_texts_beyond_the_limit_are_counted(tmp_path, capsys):
@@ -512,8 +528,10 @@ def test_mosi_and_mosei_are_told_apart(tmp_path, monkeypatch, mosi, mosei):
         monkeypatch.chdir(folder)                           # inside, where only the absolute path tells
         assert find_data(TASKS[name], ".", "train").absolute() == folder / "unaligned_50.pkl"
     (folders["mosei"] / "unaligned_50.pkl").unlink()
-    with pytest.raises(DataError, match="was not found"):                       # and never the one for the other
-        find_data(TASKS["mosei"], tmp_path, "train")
+    monkeypatch.chdir(folders["mosi"])
+    for root in (tmp_path, "."):
+        with pytest.raises(DataError, match="was not found"):                   # and never the one for the other
+            find_data(TASKS["mosei"], root, "train")
 
 
 def test_the_cache_is_looked_into_without_the_library(tmp_path, monkeypatch, empty_cache):
@@ -610,7 +628,7 @@ def test_download(tmp_path, hub, empty_cache):
         "datasets/AZYoung/MELD_processed": files | {"README.md": b"words", "raw.zip": b"0" * 1000},
         "models/Qwen/Tiny": small | {"model.safetensors": b"12345", "pytorch_model.bin": b"1", "modeling_qwen.py": b"",
                                      "assets/logo.jpg": b"2", "onnx/model.safetensors": b"3"},
-        "models/old/Tiny": small | {"tokenizer.model": b"m", "merges.txt": b"#", "pytorch_model.bin": b"1", "x.txt": b""},
+        "models/old/Tiny": small | {"tokenizer.model": b"m", "merges.txt": b"#", "pytorch_model.bin": b"1"},
         "models/meta-llama/Llama-2-7b-hf": 403, "models/some/private": 401,
         "datasets/AZYoung/CHERMA0723_processed": {"README.md": b"moved"}}
     none = str(tmp_path / "none")
@@ -661,4 +679,6 @@ def test_download_without_the_library(tmp_path, monkeypatch, capsys):
     assert "hf download AZYoung/MELD_processed --repo-type dataset" in err
     with pytest.raises(DataError, match="hf download Qwen/Qwen-1_8B$"):
         data.fetch_llm("Qwen/Qwen-1_8B")
-    data.fetch_llm(tmp_path)                                # a folder: nothing to fetch
+    data.fetch_llm(tmp_path)                                # what is here is not fetched
+    touch(*(tmp_path / name for name in TASKS["meld"].files.values()))
+    data.fetch_data(TASKS["meld"], tmp_path)
