@@ -324,7 +324,8 @@ def load_official(path, config: AdapterConfig) -> MSEAdapter:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:          # whatever a damaged or hostile file provokes, it was refused
         raise ValueError(f"{path}: not a state dict of tensors ({type(error).__name__}: {error})") from None
-    if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+    if not isinstance(state, dict) or not all(
+            isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in state.items()):
         raise ValueError(f"{path}: not a state dict of tensors; expected the .pth that the release saves")
     ours = {theirs: name for name, theirs in OFFICIAL_NAMES.items()}
     state = {name.removeprefix("Model."): tensor for name, tensor in state.items() if not name.endswith("inv_freq")}

@@ -35,20 +35,8 @@ from safetensors.torch import save as tensors_to_bytes
 from tqdm import tqdm
 
 from adapter import AdapterConfig, MSEAdapter, MultimodalLLM, load_adapter, save_adapter
-from data import (
-    HERE,
-    SPLITS,
-    TASKS,
-    Split,
-    collate,
-    epoch_rows,
-    fetch_data,
-    fetch_llm,
-    find_llm,
-    load_split,
-    load_tokenizer,
-    preset,
-)
+from data import FEATURES, HERE, SPLITS, TASKS, Split, collate, epoch_rows, fetch_data, fetch_llm  # isort: skip
+from data import find_llm, load_split, load_tokenizer, preset  # isort: skip
 from eval import DECODE, READOUT, ablation, collapsed, evaluate, feature_range, write_results
 from model import Config, load_llm, rope_table, write_atomic
 
@@ -606,9 +594,14 @@ def main(argv=None):
         fetch_llm(settings.llm or task.llm)
     path = find_llm(settings.llm or task.llm)
     splits = {split: load_split(task, data_dir, split) for split in SPLITS}
+    for kind in FEATURES:
+        widths = {name: getattr(split, kind)[0].shape[1] for name, split in splits.items()}
+        if len(set(widths.values())) > 1:
+            raise ValueError(f"{data_dir}: {kind} has {widths} features; expected as many in each split")
     family, tokenizer = Config.from_dir(path).family, load_tokenizer(path)
     settings = resolve(settings, family)
-    out = Path(settings.out or f"runs/{task.name}-{path.name}{'-official' if settings.official else ''}")
+    name = Path(settings.llm or task.llm).name
+    out = Path(settings.out or f"runs/{task.name}-{name}{'-official' if settings.official else ''}")
     rows = ", ".join(f"{len(split)} {name}" for name, split in splits.items())
     print(f"{task.name}: {rows} rows; backbone {path} ({family})")
     print("settings: " + ", ".join(f"{name} {value}" for name, value in asdict(settings).items() if value is not None))

@@ -6,8 +6,8 @@
 
 Three ways do the same rows in turn, step by step, so that a noisy machine hurts all alike: `default` and `official`
 are this repository's modes; `release` is a transformers model of the same weights on the official rows: padded to the
-fixed length, logits over the whole vocabulary at every position. TFLOP/s count 4 FLOP per weight and token (forward 2, backward
-to the activations 2), 6 with recomputation, 2 when answering.
+fixed length, logits over the whole vocabulary at every position. TFLOP/s count 4 FLOP per weight and token (forward 2,
+backward to the activations 2), 6 with recomputation, 2 when answering.
 """
 import argparse
 import statistics

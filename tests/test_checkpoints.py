@@ -123,6 +123,16 @@ def test_views_and_shared_storages_are_copied_right(bins, tmp_path, family, shar
     assert bit_equal(llm.norm.weight, tensors[model._sources(family, "norm.weight")[0]].detach().double())
 
 
+def test_every_tensor_is_aligned(tmp_path):
+    tensors = {"a": torch.ones(3).bfloat16(), "b": torch.rand(2).double(), "c": torch.rand(5)}
+    model.write_atomic(tmp_path / "x.safetensors", model._safetensors(tensors, {"format": "pt"}))
+    raw = (tmp_path / "x.safetensors").read_bytes()
+    start = 8 + int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8:start])
+    assert all((start + header[name]["data_offsets"][0]) % t.itemsize == 0 for name, t in tensors.items())
+    assert all(bit_equal(t, tensors[name]) for name, t in load_file(tmp_path / "x.safetensors").items())
+
+
 def test_rotary_tables_are_left_behind(bins, tmp_path):
     name = "transformer.rotary_pos_emb.inv_freq"            # it may be of any size: here 4 TB, from one number
     convert(bins("chatglm", change=lambda t: t.update({name: torch.ones(1).expand(1 << 40)})), tmp_path / "out")

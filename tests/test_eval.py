@@ -1,6 +1,7 @@
 """Label scoring against brute force, what evaluation prints and writes, the ablations, one clip, the backbone."""
 import csv
 import json
+import os
 import pickle
 from dataclasses import asdict, replace
 
@@ -330,7 +331,8 @@ def test_scoring_a_run(run, demo, monkeypatch, capsys):
     assert (run / "predictions-test.csv").is_file() and not (run / "metrics.json").exists()
     settings = json.loads((run / "settings.json").read_text())
     (run / "settings.json").write_text(json.dumps(settings | {"decode": "labels"}))
-    assert command(monkeypatch, capsys, run, "--split", "valid").startswith(f"valid (best epoch 3): {labels.line()}")
+    out = command(monkeypatch, capsys, run, "--split", "valid")
+    assert out.startswith(f"valid (best epoch 3): {labels.line()}") and out.index("labels [95") < out.index("greedy [95")
     assert "text empty" in command(monkeypatch, capsys, run, "--ablate")
 
 
@@ -383,6 +385,24 @@ def test_features_that_do_not_fit_are_refused(tmp_path, array):
         file.write_bytes(array)
     with pytest.raises(ValueError, match="x.npy: "):
         eval.read_features(file, 6)
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("write", [
+    lambda file, bomb: np.save(file, np.array([[bomb] * 6]), allow_pickle=True),
+    lambda file, bomb: file.write_bytes(pickle.dumps(bomb))], ids=["array", "pickle"])
+def test_features_are_never_run(tmp_path, write):
+    write(tmp_path / "x.npy", Bomb(tmp_path / "exploded"))
+    with pytest.raises(ValueError, match="x.npy: not a .npy file of numbers"):
+        eval.read_features(tmp_path / "x.npy", 6)
+    assert not (tmp_path / "exploded").exists()
 
 
 def test_the_backbone_answers_without_the_adapter(run, demo, monkeypatch, capsys):

@@ -236,8 +236,9 @@ def test_load_official_refuses_other_files(release, tmp_path):
     tensors, config, _ = release
     torch.save({**tensors, "code": Bomb(tmp_path / "exploded")}, tmp_path / "code.pth")
     torch.save(list(tensors.values()), tmp_path / "list.pth")
+    torch.save({1: torch.ones(1)}, tmp_path / "numbered.pth")
     (tmp_path / "text.pth").write_text("no tensors here")
-    for name in ("code.pth", "list.pth", "text.pth", "absent.pth"):
+    for name in ("code.pth", "list.pth", "numbered.pth", "text.pth", "absent.pth"):
         with pytest.raises(ValueError, match=name):
             load_official(tmp_path / name, config)
     assert not (tmp_path / "exploded").exists()

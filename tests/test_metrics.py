@@ -10,8 +10,19 @@ import numpy as np
 import pytest
 
 from eval import (
-    METRICS, Undefined, bootstrap, class_metrics, confusion, confusion_table, in_range, intensity_table, mosei_metrics,
-    parse_answer, per_class, reasons, simsv2_metrics,
+    METRICS,
+    Undefined,
+    bootstrap,
+    class_metrics,
+    confusion,
+    confusion_table,
+    in_range,
+    intensity_table,
+    mosei_metrics,
+    parse_answer,
+    per_class,
+    reasons,
+    simsv2_metrics,
 )
 
 pytestmark = pytest.mark.filterwarnings("error")            # a warning is a failure
