@@ -578,13 +578,12 @@ def describe(path):
     print(f"parameters  {sum(p.numel() for p in llm.parameters()):,}")
     name = next((name for name in TOKENIZERS if (path / name).is_file()), None)
     print(f"tokenizer   {f'{name} ({TOKENIZERS[name]})' if name else 'none in this folder'}", flush=True)
-    kind = ".safetensors" if _shards(path, ".safetensors") else ".bin"
-    files = _shards(path, kind)
+    files = _shards(path, ".safetensors") or _shards(path, ".bin")
     if not files:
         return print("weights     none in this folder")
     stored = _stored(files)
     _check_tensors(path, llm, stored)
-    dtypes = ", ".join(sorted({tensor.dtype for tensor in stored.values()}))
+    dtypes, kind = ", ".join(sorted({tensor.dtype for tensor in stored.values()})), files[0].suffix
     print(f"weights     {sum(file.stat().st_size for file in files):,} bytes of {dtypes} in {len(files)} {kind} "
           f"file{'s'[:len(files) > 1]}{'; --to-safetensors makes them loadable' if kind == '.bin' else ''}")
 
@@ -600,16 +599,14 @@ def convert(path, out):
     files = _shards(path, ".bin")
     if not files:
         raise ValueError(f"{path}: no pytorch_model*.bin there to convert; fetch the model's weights")
-    stored = _stored(files)
-    _check_tensors(path, llm, stored)
+    _check_tensors(path, llm, _stored(files))
     targets = [out / f"model-{i:05}-of-{len(files):05}.safetensors" for i in range(1, len(files) + 1)]
     if strangers := sorted(set(out.glob("*.safetensors")) - set(targets)):
         raise ValueError(f"{strangers[0]}: not of this conversion; choose a folder without .safetensors files")
     out.mkdir(parents=True, exist_ok=True)
     home = {}                                               # each tensor's new file
     for file, target in zip(files, targets):
-        tensors = {name: tensor for name, tensor in _read_bin(file).items()
-                   if stored[name].file == file and not name.endswith(ROTARY_TABLES)}
+        tensors = {name: tensor for name, tensor in _read_bin(file).items() if not name.endswith(ROTARY_TABLES)}
         seal = hashlib.sha256(b"".join(name.encode() + _beginning(tensor) for name, tensor in tensors.items()))
         metadata = {"format": "pt", "source": seal.hexdigest()}
         try:

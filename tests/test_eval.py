@@ -332,7 +332,8 @@ def test_scoring_a_run(run, demo, monkeypatch, capsys):
     settings = json.loads((run / "settings.json").read_text())
     (run / "settings.json").write_text(json.dumps(settings | {"decode": "labels"}))
     out = command(monkeypatch, capsys, run, "--split", "valid")
-    assert out.startswith(f"valid (best epoch 3): {labels.line()}") and out.index("labels [95") < out.index("greedy [95")
+    assert out.startswith(f"valid (best epoch 3): {labels.line()}\n")
+    assert out.index("labels [95 %") < out.index("greedy [95 %")
     assert "text empty" in command(monkeypatch, capsys, run, "--ablate")
 
 
@@ -346,11 +347,12 @@ def test_one_clip(run, demo, monkeypatch, capsys):
     batch = Batch(["Tom put the lamp away."], torch.zeros(1, 3, 6), torch.tensor([3]),
                   torch.zeros(1, 1, 8), torch.tensor([0]), [0])
     close(torch.tensor(list(found["probabilities"].values())), net.label_logprobs(batch)[0].exp())
-    close(torch.tensor(found["changes"]["without audio"]["probability"]),
-          net.label_logprobs(batch._replace(audio_len=torch.tensor([0])))[0].exp().max())
-    k, deaf = TASKS["demo"].labels.index(found["label"]), batch._replace(audio_len=torch.tensor([0]))
-    change = net.label_logprobs(deaf)[0, k].exp() - net.label_logprobs(batch)[0, k].exp()
-    close(torch.tensor(found["changes"]["without audio"]["change"]), change)
+    deaf, k = batch._replace(audio_len=torch.tensor([0])), TASKS["demo"].labels.index(found["label"])
+    close(torch.tensor(found["changes"]["without audio"]["probability"]), net.label_logprobs(deaf)[0].exp().max())
+    for name, other in {"audio": deaf, "text": batch._replace(text=[""])}.items():
+        change = net.label_logprobs(other)[0, k].exp() - net.label_logprobs(batch)[0, k].exp()
+        close(torch.tensor(found["changes"][f"without {name}"]["change"]), change)
+        assert change.abs() > 1e-4
     assert found["label"] == max(found["probabilities"], key=found["probabilities"].get)
     assert found["notes"] == ["video: none given, taken as missing"]
     assert list(found["changes"]) == ["without audio", "without text"]
