@@ -35,8 +35,8 @@ from safetensors.torch import save as tensors_to_bytes
 from tqdm import tqdm
 
 from adapter import AdapterConfig, MSEAdapter, MultimodalLLM, load_adapter, save_adapter
-from data import FEATURES, HERE, SPLITS, TASKS, Split, collate, epoch_rows, fetch_data, fetch_llm  # isort: skip
-from data import find_llm, load_split, load_tokenizer, preset  # isort: skip
+from data import FEATURES, HERE, SPLITS, TASKS, Split, collate, epoch_rows, fetch_data, fetch_llm
+from data import find_llm, load_split, load_tokenizer, preset
 from eval import DECODE, READOUT, ablation, collapsed, evaluate, feature_range, write_results
 from model import Config, load_llm, rope_table, write_atomic
 
