@@ -182,7 +182,7 @@ PRESETS = {
              "chatglm": Preset(5e-5, 8, 90, 4, 64, 32)},
     "cherma": {"llama": Preset(5e-5, 6, 30, 4, 32, 16), "qwen": Preset(5e-3, 16, 30, 4, 32, 16),
                "chatglm": Preset(5e-5, 8, 30, 4, 32, 16)},
-    "demo": {"llama": Preset(1e-2, 16, 3, 4, 32, 16)},
+    "demo": {"llama": Preset(1e-2, 16, 4, 4, 32, 16)},
 }
 
 

@@ -390,9 +390,9 @@ def variants(split: Split) -> dict[str, Split]:
         "text empty": replace(split, text=[""] * len(split))}
 
 
-def ablation(net: MultimodalLLM, split: Split, size: int, decode: str = "greedy") -> list[str]:
+def ablation(net: MultimodalLLM, split: Split, size: int, decode: str = "greedy", readout: str = "mean") -> list[str]:
     """One line per modality dropped from the same trained model, and for both."""
-    return [f"test {name}: {evaluate(net, part, size, name, decode).line()}"
+    return [f"test {name}: {evaluate(net, part, size, name, decode, readout).line()}"
             for name, part in variants(split).items() if name.startswith("without")]
 
 
@@ -571,9 +571,9 @@ def read_json(file: Path, keys=()) -> dict:
 
 def score_split(net: MultimodalLLM, split: Split, run: Path, settings: dict, args):
     """Print and write what a split scores: first as the run was selected, then the other way of decoding beside it."""
-    first, name = settings.get("decode", "greedy"), args.split
-    results = {decode: evaluate(net, split, settings["eval_batch"], f"{name}, {decode}", decode, args.readout)
-               for decode in sorted(DECODE, key=lambda decode: decode != first) if args.decode in (None, decode)}
+    name, readout = args.split, args.readout or settings["readout"]
+    results = {decode: evaluate(net, split, settings["eval_batch"], f"{name}, {decode}", decode, readout)
+               for decode in sorted(DECODE, key=lambda d: d != settings["decode"]) if args.decode in (None, decode)}
     (decode, result), *_ = results.items()
     best = read_json(run / "results.json").get("best_epoch")
     print(f"{name}{f' (best epoch {best})' if best else ''}: {result.line()}")
@@ -590,7 +590,7 @@ def parse_args():
     parser.add_argument("run", help="folder of a run of train.py")
     parser.add_argument("--split", default="test", choices=("train", "valid", "test"), help="rows to score [test]")
     parser.add_argument("--decode", choices=DECODE, help="how to answer [both, side by side]")
-    parser.add_argument("--readout", default="mean", choices=READOUT, help="an intensity by label scoring [mean]")
+    parser.add_argument("--readout", choices=READOUT, help="an intensity by label scoring [the run's]")
     parser.add_argument("--ablate", action="store_true", help="what audio, video and text are worth")
     parser.add_argument("--text", help="one clip: what is said")
     parser.add_argument("--audio", help="its audio features, a .npy file of (frames, features)")
@@ -610,7 +610,8 @@ def parse_args():
 def main():
     args = parse_args()
     run = find_run(args.run)
-    settings = read_json(run / "settings.json", "data data_dir llm official eval_batch device dtype".split())
+    settings = read_json(run / "settings.json", (
+        "data", "data_dir", "llm", "official", "decode", "readout", "eval_batch", "device", "dtype"))
     device, task, dtype = args.device or settings["device"], TASKS[settings["data"]], getattr(torch, settings["dtype"])
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"{run} ran on a GPU, which is not at hand here; pass --device cpu")
@@ -633,7 +634,8 @@ def main():
         if args.check_backbone:
             print(check_backbone(net, fresh, collate(split, range(min(size, len(split))))))
         elif args.ablate:
-            print(ablate(net, split, size, args.decode or settings.get("decode", "greedy"), args.readout))
+            decode, readout = args.decode or settings["decode"], args.readout or settings["readout"]
+            print(ablate(net, split, size, decode, readout))
         else:
             score_split(net, split, run, settings, args)
 

@@ -3,6 +3,7 @@ import csv
 import json
 import os
 import pickle
+from argparse import Namespace
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -306,7 +307,7 @@ def run(demo, tmp_path):
     ranges = eval.feature_range(without(load_split(task, tmp_path, "train"), "video"))
     (tmp_path / "features.json").write_text(json.dumps(ranges))
     settings = asdict(config) | dict(data="demo", data_dir=str(tmp_path), llm=None, official=False, device="cpu",
-                                     dtype="float32", eval_batch=7)
+                                     dtype="float32", eval_batch=7, decode="greedy", readout="mean")
     (tmp_path / "settings.json").write_text(json.dumps(settings))
     (tmp_path / "results.json").write_text(json.dumps({"best_epoch": 3}))
     return tmp_path
@@ -335,6 +336,16 @@ def test_scoring_a_run(run, demo, monkeypatch, capsys):
     assert out.startswith(f"valid (best epoch 3): {labels.line()}\n")
     assert out.index("labels [95 %") < out.index("greedy [95 %")
     assert "text empty" in command(monkeypatch, capsys, run, "--ablate")
+
+
+def test_scoring_a_run_as_it_was_selected(tiny, tmp_path, capsys):
+    net = make(tiny["qwen"], "mosei")
+    split, settings = rows(net.task), dict(decode="labels", readout="mode", eval_batch=3)
+    mode, mean = (evaluate(net, split, 3, decode="labels", readout=readout) for readout in ("mode", "mean"))
+    assert mode.line() != mean.line()
+    for given, result in ((None, mode), ("mean", mean)):
+        eval.score_split(net, split, tmp_path, settings, Namespace(split="valid", decode=None, readout=given))
+        assert capsys.readouterr().out.startswith(f"valid: {result.line()}\n")
 
 
 def test_one_clip(run, demo, monkeypatch, capsys):
@@ -459,5 +470,5 @@ def test_no_run(tmp_path, monkeypatch, capsys):
     with pytest.raises(ValueError, match="settings.json: not valid JSON"):
         command(monkeypatch, capsys, tmp_path)
     (tmp_path / "settings.json").write_text('{"data": "demo", "llm": null, "device": "cpu", "dtype": "float32"}')
-    with pytest.raises(ValueError, match="settings.json: has no data_dir, official, eval_batch"):
+    with pytest.raises(ValueError, match="settings.json: has no data_dir, official, decode, readout, eval_batch"):
         command(monkeypatch, capsys, tmp_path)
