@@ -21,6 +21,7 @@ import platform
 import resource
 import signal
 import sys
+import textwrap
 import time
 import types
 import typing
@@ -604,7 +605,8 @@ def main(argv=None):
     out = Path(settings.out or f"runs/{task.name}-{name}{'-official' if settings.official else ''}")
     rows = ", ".join(f"{len(split)} {name}" for name, split in splits.items())
     print(f"{task.name}: {rows} rows; backbone {path} ({family})")
-    print("settings: " + ", ".join(f"{name} {value}" for name, value in asdict(settings).items() if value is not None))
+    shown = ", ".join(f"{name} {value}" for name, value in asdict(settings).items() if value not in (None, False))
+    print(textwrap.fill(f"settings: {shown}", 110, subsequent_indent="  ", break_on_hyphens=False), flush=True)
     llm = load_llm(path, settings.device, getattr(torch, settings.dtype))
     records = []
     for seed in settings.seeds:

@@ -120,21 +120,21 @@ def draw_line(emotions, rng: random.Random, seen: set) -> str:
 
 
 ROWS = {        # rows of each label that the words settle, that need the voice, the face, both
-    "train": (160, 50, 50, 240), "valid": (24, 7, 7, 37), "test": (48, 15, 15, 72)}
+    "train": (140, 90, 90, 180), "valid": (21, 14, 14, 26), "test": (42, 27, 27, 54)}
 
 
 def voice(arousal: int, rng: np.random.RandomState) -> np.ndarray:
     """Frames (15..40, 6): energy and pitch climb or sink through the clip around the speaker's own level; and noise."""
     n = rng.randint(15, TASK.audio_len + 1)
     x = rng.normal(0, 2, 6) + rng.normal(0, 1, (n, 6))
-    x[:, :2] += arousal * rng.uniform(2, 4) * np.linspace(-1, 1, n)[:, None]
+    x[:, :2] += arousal * rng.uniform(3, 5) * np.linspace(-1, 1, n)[:, None]
     return x
 
 
 def face(valence: int, rng: np.random.RandomState) -> np.ndarray:
     """Frames (10..24, 8): at some moment mouth and cheeks rise, or brows and lips tighten, two of eight each; noise."""
     n = rng.randint(10, TASK.video_len + 1)
-    x = rng.normal(0, 1.2, (n, 8))
+    x = rng.normal(0, 1, (n, 8))
     onset = np.arange(n) > rng.uniform(0.2, 0.7) * n
     x[:, slice(0, 2) if valence > 0 else slice(2, 4)] += rng.uniform(3, 5) * onset[:, None]
     return x
