@@ -496,16 +496,18 @@ def train_run(llm, tokenizer, splits: dict, settings: Settings, seed: int, folde
     write_atomic(folder / "features.json", json.dumps(feature_range(train)).encode())
     progress = fit(net, train, splits["valid"], settings, seed, folder)
     net = load_adapter(folder / "adapter.safetensors", llm, tokenizer, task, settings.official)
-    result = evaluate(net, splits["test"], settings.eval_batch, "test", settings.decode, settings.readout)
-    write_results(folder, splits["test"], {settings.decode: result})
+    test, ways = splits["test"], sorted(DECODE, key=lambda decode: decode != settings.decode)
+    results = {d: evaluate(net, test, settings.eval_batch, f"test, {d}", d, settings.readout) for d in ways}
+    write_results(folder, test, results)
+    result = results[settings.decode]               # the others stand beside it in metrics.json and predictions.csv
     print(f"test (best epoch {progress.best_epoch}): {result.line()}", flush=True)
-    if warning := collapsed(result, splits["test"].label, task):
+    if warning := collapsed(result, test.label, task):
         print(warning)
-    for line in ablation(net, splits["test"], settings.eval_batch, settings.decode):
+    for line in ablation(net, test, settings.eval_batch, settings.decode, settings.readout):
         print(line, flush=True)
     record = {"seed": seed, "backbone": Path(settings.llm or task.llm).name, "family": llm.config.family,
               "data": task.name, "mode": "official" if settings.official else "default",
-              **{f"test_{name}": value for name, value in result.scores.items()}, "test_rows": len(splits["test"]),
+              **{f"test_{name}": value for name, value in result.scores.items()}, "test_rows": len(test),
               "test_unparsed": result.unparsed, "best_epoch": progress.best_epoch, "epochs": progress.epoch,
               "trainable": trainable, "device": settings.device, "dtype": settings.dtype,
               "seconds": round(progress.seconds, 1), "peak_gib": round(peak_bytes(settings.device) / 2**30, 2),
