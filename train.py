@@ -606,10 +606,12 @@ def main(argv=None):
     name = Path(settings.llm or task.llm).name
     out = Path(settings.out or f"runs/{task.name}-{name}{'-official' if settings.official else ''}")
     rows = ", ".join(f"{len(split)} {name}" for name, split in splits.items())
-    print(f"{task.name}: {rows} rows; backbone {path} ({family})")
+    print(f"{task.name}: {rows} rows; backbone {os.path.relpath(path)} ({family})")
     shown = ", ".join(f"{name} {value}" for name, value in asdict(settings).items() if value not in (None, False))
     print(textwrap.fill(f"settings: {shown}", 110, subsequent_indent="  ", break_on_hyphens=False), flush=True)
     llm = load_llm(path, settings.device, getattr(torch, settings.dtype))
+    if sum(p.numel() for p in llm.parameters()) < 2e6:
+        torch.set_num_threads(1)                    # tensors this small are done before a second thread wakes up
     records = []
     for seed in settings.seeds:
         with locked(out / str(seed)):
