@@ -415,9 +415,10 @@ def write_atomic(path, data):
             file.flush()
             os.fsync(file.fileno())
         os.replace(draft, path)
-    except OSError:
+    except OSError as error:
         draft.unlink(missing_ok=True)                       # a full disk needs the room
-        raise
+        what = f"{error.strerror} while writing; what was there before is intact"
+        raise OSError(error.errno, what, str(path)) from None
     folder = os.open(path.parent, os.O_RDONLY)              # the new name, too, must reach the disk
     os.fsync(folder)
     os.close(folder)

@@ -3,17 +3,17 @@
     python demo/make.py             # CPU, a few minutes
 
     demo_{train,valid,test}.pkl     rows in MELD's published format; 40 x 6 audio and 24 x 8 video at most
-    llm/                            a LLaMA of about 1M parameters with its tokenizer, in Hugging Face layout
+    llm/                            a LLaMA of 0.8M parameters with its tokenizer, in Hugging Face layout
 
 An emotion is an arousal and a valence: joy is high and +, anger high and -, sadness low and -, calm low and +. The text
 of a row settles both, one, or none of the two. What it leaves open is told by the voice (arousal: energy and pitch
 climb through the clip, or sink) and by the face (valence: at some moment it smiles, or frowns). What the text does
 settle, voice and face show at random, so they must be ignored there, and only the text tells where.
 
-    words   both       "The oven works again, I could hug everyone!"            voice and face random
-    voice   valence    "My brother lost the keys."                              voice: anger or sadness; face random
-    face    arousal    "Stop everything and look at this letter!"               face: joy or anger; voice random
-    both    neither    "My sister put the lamp on the shelf."                   voice and face together
+    words   both       "My brother repaired my radio today, I could hug everyone!"  voice and face random
+    voice   valence    "My boss forgot my birthday yesterday."                      voice: anger or sadness; face random
+    face    arousal    "Stop everything and look at this letter from Anna!"         face: joy or anger; voice random
+    both    neither    "My sister put the lamp on the shelf today."                 voice and face together
 """
 import io
 import json
