@@ -180,7 +180,7 @@ def apply_rope(x, rope, interleaved: bool):
     a, b = (turned[..., 0::2], turned[..., 1::2]) if interleaved else turned.chunk(2, dim=-1)   # (B, heads, T, R/2)
     a, b = a * cos - b * sin, b * cos + a * sin
     turned = torch.stack((a, b), dim=-1).flatten(-2) if interleaved else torch.cat((a, b), dim=-1)
-    return torch.cat((turned.type_as(x), x[..., R:]), dim=-1)
+    return torch.cat((turned.type_as(x), x[..., R:]), dim=-1) if R < x.size(-1) else turned.type_as(x)
 
 
 class KVCache:
@@ -210,8 +210,8 @@ class Attention(nn.Module):
     def forward(self, x, rope, mask, cache, layer):
         c, (B, T, _) = self.config, x.shape
         heads = self.qkv(x).view(B, T, -1, c.head_dim).transpose(1, 2)                            # (B, H + 2K, T, D)
-        q, k, v = heads.split([c.n_head, c.n_kv_head, c.n_kv_head], dim=1)
-        q, k = apply_rope(q, rope, c.rope_interleaved), apply_rope(k, rope, c.rope_interleaved)
+        qk, v = heads.split([c.n_head + c.n_kv_head, c.n_kv_head], dim=1)
+        q, k = apply_rope(qk, rope, c.rope_interleaved).split([c.n_head, c.n_kv_head], dim=1)
         if cache is not None:
             k, v = cache.append(layer, k, v)                                                      # (B, K, S, D)
         if c.n_kv_head < c.n_head:      # query head h reads key/value head h // (H/K): 0 0 0 1 1 1, not 0 1 0 1 0 1
