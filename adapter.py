@@ -112,6 +112,10 @@ class MSEAdapter(nn.Module):
 
     def forward(self, text, audio, audio_len, video, video_len):
         """Mean text embedding (B, C), features (B, La, Da), (B, Lv, Dv) and lengths (B,) -> pseudo tokens (B, P, C)."""
+        for name, x, width in (("audio", audio, self.config.audio_dim), ("video", video, self.config.video_dim)):
+            if x.size(-1) != width:
+                raise ValueError(f"the {name} has {x.size(-1)} features in a frame, the adapter was made for {width}; "
+                                 "use the data that it was trained on, or train again")
         a = self.audio(audio, audio_len) if self.audio else 0                                     # (B, 256)
         v = self.video(video, video_len) if self.video else 0
         m = self.mixer(text, a, v) if self.mixer else a + v

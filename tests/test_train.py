@@ -199,6 +199,13 @@ def test_memory_plan_counts_what_autograd_keeps(net):
     assert abs(planned - measured) < 0.2 * measured and least < plain / 4
 
 
+def test_features_of_another_width_are_refused(net):
+    net, split = net
+    batch = collate(split, [0, 1])
+    with pytest.raises(ValueError, match="the audio has 7 features in a frame, the adapter was made for 6"):
+        net.loss(batch._replace(audio=torch.zeros(2, 3, 7)))
+
+
 def test_curves_are_well_formed():
     from xml.etree import ElementTree
     log = [{"loss": 2.0 / e, "learning_rate": 0.1, "valid_mae": 1.0} for e in (1, 2, 3)]
