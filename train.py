@@ -170,7 +170,7 @@ def train_step(net: MultimodalLLM, optimizer, scaler, parts: list, lr: float, re
         loss = net.loss(part, recompute) * (len(part.text) / rows)
         scaler.scale(loss).backward()               # the scaler acts for a float16 backbone only
         total = total + loss.detach()
-    if torch.device(net.adapter.project.weight.device).type == "cpu":
+    if net.adapter.project.weight.device.type == "cpu":
         check_finite(total, net, parts)             # on a GPU each look would make the step wait: train_epoch looks
     scaler.step(optimizer)
     scaler.update()
@@ -258,7 +258,7 @@ def save_state(folder: Path, net, optimizer, best: dict, progress: Progress):
         tensors |= {f"adam.{i}.{name}": tensor for name, tensor in state.items()}
     data = tensors_to_bytes({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
                             {"progress": json.dumps(asdict(progress) | {"loss_sum": float(progress.loss_sum)})})
-    name = f"state-{progress.epoch:04d}-{progress.step:06d}-{hashlib.sha256(data).hexdigest()[:32]}.safetensors"
+    name = f"state-{progress.epoch:04d}-{progress.step:06d}-{digest(data)[:32]}.safetensors"
     write_atomic(folder / name, data)
     for old in sorted(folder.glob("state-*.safetensors"))[:-2]:
         old.unlink()
@@ -269,7 +269,7 @@ def load_state(folder: Path, net, optimizer) -> tuple[dict, Progress]:
     files = sorted(folder.glob("state-*.safetensors"), reverse=True)
     for file in files:
         data = file.read_bytes()
-        if hashlib.sha256(data).hexdigest()[:32] == file.stem.split("-")[-1]:
+        if digest(data)[:32] == file.stem.split("-")[-1]:
             break
         print(f"{file}: damaged (its sha256 is not the one in its name), using the state before it")
     else:
@@ -330,36 +330,38 @@ def fit(net: MultimodalLLM, train: Split, valid: Split, settings: Settings, seed
         scaler.load_state_dict(progress.scaler)
     steps = math.ceil(len(train) / settings.batch_size)
     began = time.time() - progress.seconds
+
+    def save():
+        progress.seconds, progress.scaler = time.time() - began, scaler.state_dict()
+        save_state(folder, net, optimizer, best, progress)
+
     publish(folder, net, best, progress)
     try:
         while progress.epoch < settings.max_epochs and progress.epoch - progress.best_epoch < settings.patience:
             # 1) one epoch, in an order that is a function of (seed, epoch) alone
-            train_epoch(net, optimizer, scaler, train, settings, seed, recompute, progress, began,
-                        lambda best=best: save_state(folder, net, optimizer, best, progress))
+            train_epoch(net, optimizer, scaler, train, settings, seed, recompute, progress, save)
             # 2) validate
             result = evaluate(net, valid, settings.eval_batch, "valid", settings.decode, settings.readout)
             score = result.scores[net.task.select] * (1 if net.task.labels else -1)
-            # 3) keep the best epoch's adapter
-            progress.log.append(log_entry(progress, result, settings, steps, began))
-            progress.epoch, progress.step, progress.loss_sum = progress.epoch + 1, 0, 0.0
-            if score > progress.best_score:
-                progress.best_score, progress.best_epoch = score, progress.epoch
-                best = {name: tensor.clone() for name, tensor in net.adapter.state_dict().items()}
-            # 4) write it down, the state first: all else follows from it
-            progress.seconds, progress.scaler = time.time() - began, scaler.state_dict()
             with uninterrupted():
-                save_state(folder, net, optimizer, best, progress)
+                # 3) keep the best epoch's adapter
+                progress.log.append(log_entry(progress, result, settings, steps, began))
+                progress.epoch, progress.step, progress.loss_sum = progress.epoch + 1, 0, 0.0
+                if score > progress.best_score:
+                    progress.best_score, progress.best_epoch = score, progress.epoch
+                    best = {name: tensor.clone() for name, tensor in net.adapter.state_dict().items()}
+                # 4) write it down, the state first: all else follows from it
+                save()
                 publish(folder, net, best, progress)
             tell(progress, result, valid, settings)
     except KeyboardInterrupt:
-        progress.seconds, progress.scaler = time.time() - began, scaler.state_dict()
         with uninterrupted():
-            save_state(folder, net, optimizer, best, progress)
+            save()
         raise
     return progress
 
 
-def train_epoch(net, optimizer, scaler, train, settings, seed, recompute, progress, began, save):
+def train_epoch(net, optimizer, scaler, train, settings, seed, recompute, progress, save):
     """The epoch's remaining steps. progress moves with them; save() is called every `save_minutes`."""
     order = epoch_rows(len(train), settings.batch_size, seed, progress.epoch)
     total, micro = len(order) * settings.epochs, settings.micro_batch or settings.batch_size
@@ -380,7 +382,6 @@ def train_epoch(net, optimizer, scaler, train, settings, seed, recompute, progre
                     bar.set_postfix(loss=f"{float(progress.loss_sum) / progress.step:.4f}", lr=f"{lr:.1e}",
                                     GiB=f"{peak_bytes(settings.device) / 2**30:.1f}", refresh=False)
                 if due:
-                    progress.seconds, progress.scaler = time.time() - began, scaler.state_dict()
                     save()
                     saved = time.time()
 
