@@ -246,7 +246,7 @@ class Block(nn.Module):
 class Recompute(torch.autograd.Function):
     """Gradient checkpointing of one frozen block: keep its input only, run it again in backward.
 
-    A block's own activations (about 20 times its input) live only while its backward runs, so memory grows by one
+    A block's own activations (some 16 times its input) live only while its backward runs, so memory grows by one
     hidden state (B, T, C) per block. The price is one more forward. Gradients flow to the input alone.
     """
 

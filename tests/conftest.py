@@ -1,5 +1,6 @@
 """What the tests share: where things are, tiny checkpoints in the four published layouts, a tokenizer of bytes."""
 import json
+import os
 import zlib
 from pathlib import Path
 
@@ -26,6 +27,16 @@ def need_shared(*parts) -> Path:
 
 def close(ours, theirs, tolerance: float = 1e-5):
     torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance, check_dtype=False)
+
+
+class Bomb:
+    """Unpickled, it makes a folder: a canary."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """Label scoring against brute force, what evaluation prints and writes, the ablations, one clip, the backbone."""
 import csv
 import json
-import os
 import pickle
 from argparse import Namespace
 from dataclasses import asdict, replace
@@ -9,7 +8,7 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 import torch
-from conftest import HERE, ByteTokenizer, close, need_shared, random_adapter, recipe
+from conftest import HERE, Bomb, ByteTokenizer, close, need_shared, random_adapter, recipe
 
 import eval
 from adapter import OFFICIAL_NAMES, AdapterConfig, MSEAdapter, MultimodalLLM, load_adapter, save_adapter
@@ -400,14 +399,6 @@ def test_features_that_do_not_fit_are_refused(tmp_path, array):
         file.write_bytes(array)
     with pytest.raises(ValueError, match="x.npy: "):
         eval.read_features(file, 6)
-
-
-class Bomb:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
 
 
 @pytest.mark.parametrize("write", [

@@ -6,13 +6,12 @@ feature comes from the recipe in conftest.py. A stand-in tokenizer replays the r
 anywhere; the real tokenizers, where they are at hand, are held to the same ids.
 """
 import json
-import os
 import re
 import shutil
 
 import pytest
 import torch
-from conftest import HERE, close, need_shared, published_tensors, random_adapter, recipe, write_checkpoint
+from conftest import HERE, Bomb, close, need_shared, published_tensors, random_adapter, recipe, write_checkpoint
 from safetensors.torch import load_file
 
 from adapter import OFFICIAL_NAMES, AdapterConfig, MultimodalLLM, load_official
@@ -205,14 +204,6 @@ def test_load_official(release, prefix, tmp_path):
     torch.save(state, tmp_path / "a.pth")
     loaded = load_official(tmp_path / "a.pth", config).state_dict()
     assert loaded.keys() == ours.keys() and all(torch.equal(loaded[name], ours[name]) for name in ours)
-
-
-class Bomb:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
 
 
 @pytest.mark.parametrize("damage, words", [
