@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from model import KVCache, write_atomic
+from model import write_atomic
 
 
 @dataclass(frozen=True)
@@ -129,13 +129,10 @@ class MSEAdapter(nn.Module):
 # The adapter in front of the LLM
 
 
-PAD, PLAIN, PSEUDO, TEXT = range(4)     # what a position of a row is
-
-
 class MultimodalLLM(nn.Module):
     """A frozen LLM behind an adapter, for one task.
 
-    official=False: rows hold real tokens only, padded on the left to the longest of the batch and masked.
+    official=False: rows hold real tokens only; padding up to the longest of the batch stands behind, where none looks.
     official=True: the text is padded on the left to the task's fixed length with an ordinary token, to which the LLM
     attends and which counts in the mean of the text embeddings, as in the release.
     """
@@ -160,31 +157,34 @@ class MultimodalLLM(nn.Module):
         self.labels = [tuple(tokenizer.encode(text)) for text in words.labels]          # every legal one, as tokens
         self.answer_len = max(map(len, self.labels))
 
+    def text_ids(self, text: str) -> list[int]:
+        """The tokens of a row's text, cut at the task's length; in the release padded to it on the left."""
+        ids = self.tokenizer.encode(text)[:self.task.text_len]
+        return [self.pad_id] * (self.task.text_len - len(ids) if self.official else 0) + ids
+
+    def text_lengths(self, texts: list[str]) -> list[int]:
+        """Tokens of each text, to put rows of like length together."""
+        return [len(self.text_ids(text)) for text in texts]
+
     def inputs(self, batch, labels=None):
         """Embed the rows [bos] open P text close prompt (label). labels: token ids of each row's label, or None.
 
-        Returns x (B, S, C), the mask of real tokens (B, S) or None if none is padding, and the pseudo tokens (B, P, C).
+        Returns x (B, S, C), the rows' lengths (B,), behind which stands padding, and the pseudo tokens (B, P, C).
         """
-        rows, kinds = [], []
-        for text, label in zip(batch.text, labels or [[]] * len(batch.text)):
-            text = self.tokenizer.encode(text)[:self.task.text_len]
-            if self.official:
-                text = [self.pad_id] * (self.task.text_len - len(text)) + text
-            tail, P = self.after + label, self.adapter.config.pseudo_tokens
-            rows.append(self.before + [self.pad_id] * P + text + tail)
-            kinds.append([PLAIN] * len(self.before) + [PSEUDO] * P + [TEXT] * len(text) + [PLAIN] * len(tail))
-        S, device = max(map(len, rows)), self.llm.embedding.weight.device
-        ids = torch.tensor([[self.pad_id] * (S - len(row)) + row for row in rows], device=device)
-        kinds = torch.tensor([[PAD] * (S - len(kind)) + kind for kind in kinds])
-        mask = None if bool((kinds != PAD).all()) else (kinds != PAD).to(device)
-        kinds = kinds.to(device)
-        x = self.llm.embed(ids)                                                                   # (B, S, C)
-        is_text = (kinds == TEXT)[..., None]                                                      # (B, S, 1)
-        text = (x.float() * is_text).sum(1) / is_text.sum(1).clamp(min=1)                         # (B, C)
+        device, B = self.llm.embedding.weight.device, len(batch.text)
+        texts = [self.text_ids(text) for text in batch.text]
+        rows = [text + self.after + label for text, label in zip(texts, labels or [[]] * B)]
+        longest = max(map(len, rows))
+        ids = torch.tensor([row + [self.pad_id] * (longest - len(row)) for row in rows], device=device)
+        x = self.llm.embed(ids)                                         # behind the pseudo tokens, (B, longest, C)
+        n = torch.tensor([[len(text)] for text in texts], device=device)                          # (B, 1)
+        is_text = torch.arange(max(map(len, texts)), device=device) < n                           # (B, Lt)
+        mean = (x[:, :is_text.size(1)].float() * is_text[..., None]).sum(1) / n.clamp(min=1)      # (B, C)
         audio, video = batch.audio.to(device), batch.video.to(device)
-        pseudo = self.adapter(text, audio, batch.audio_len, video, batch.video_len)               # (B, P, C)
-        x = x.masked_scatter((kinds == PSEUDO)[..., None], pseudo.to(x.dtype))  # row by row, P placeholders each
-        return x, mask, pseudo
+        pseudo = self.adapter(mean, audio, batch.audio_len, video, batch.video_len)               # (B, P, C)
+        before = self.llm.embed(torch.tensor(self.before, device=device)).expand(B, -1, -1)
+        x = torch.cat((before, pseudo.to(x.dtype), x), dim=1)                                     # (B, S, C)
+        return x, torch.tensor([x.size(1) - longest + len(row) for row in rows], device=device), pseudo
 
     def pseudo_tokens(self, batch):
         """The pseudo tokens (B, P, C) of a batch."""
@@ -193,10 +193,11 @@ class MultimodalLLM(nn.Module):
     def loss(self, batch, recompute: int = 0):
         """Cross-entropy of the label's tokens, mean over a row's, then over rows. recompute: see LLM.forward."""
         labels = [self.tokenizer.encode(self.label_text(y)) for y in batch.label]
-        x, mask, _ = self.inputs(batch, labels)
+        x, lengths, _ = self.inputs(batch, labels)
         n = max(map(len, labels))
         target = torch.tensor([[-100] * (n - len(ids)) + ids for ids in labels], device=x.device)  # (B, n)
-        hidden = self.llm(x, mask, recompute=recompute)[:, -n - 1:-1]   # a position predicts the token after it
+        at = lengths[:, None] - 1 - n + torch.arange(n, device=x.device)    # a position predicts the token after it
+        hidden = self.llm(x, recompute=recompute, at=at)                                          # (B, n, C)
         loss = F.cross_entropy(self.llm.logits(hidden).flatten(0, 1), target.flatten(), reduction="none")
         return (loss.view_as(target).sum(1) / (target >= 0).sum(1)).mean()     # 0 where the target is -100
 
@@ -208,39 +209,11 @@ class MultimodalLLM(nn.Module):
         placeholder in front of what `generate` returned, was read before the first new token; ChatGLM3 read the whole
         row and all new tokens again at each step, behind all that was cached already.
         """
-        x, mask, _ = self.inputs(batch)
+        x, lengths, _ = self.inputs(batch)
+        mask = torch.arange(x.size(1), device=x.device) < lengths[:, None]                        # (B, S)
         ids = self.llm.generate(x, self.answer_len, mask, self.eos_id, self.read_next).tolist()
         ends = [row.index(self.eos_id) if self.eos_id in row else len(row) for row in ids]
         return [self.tokenizer.decode(row[:end]) for row, end in zip(ids, ends)]
-
-    @torch.no_grad()
-    def label_logprobs(self, batch):
-        """Log-probabilities (B, labels) of the task's legal labels behind each row, normalised over them.
-
-        The labels' tokens form a tree: "-0.1" and "-0.2" part at their last token. Each row is read once; one more
-        forward reads the tree's T inner nodes side by side behind it, each seeing the row and its own ancestors.
-        """
-        nodes = dict.fromkeys(ids[:n] for n in range(self.answer_len) for ids in self.labels if n < len(ids))
-        root, *nodes = nodes                                            # a node is the tokens that lead to it
-        x, mask, _ = self.inputs(batch)
-        (B, S, _), T, device = x.shape, len(nodes), x.device
-        cache = KVCache(self.llm.config, B, S + T, device, x.dtype)
-        hidden = self.llm(x, mask, cache=cache)[:, -1:]                                           # (B, 1, C)
-        if nodes:
-            row = torch.ones(B, S, dtype=torch.bool, device=device) if mask is None else mask
-            kin = torch.tensor([[a[:len(b)] == b for b in nodes] for a in nodes], device=device)        # a sees b
-            sees = torch.cat((row[:, None].expand(B, T, S), kin.expand(B, T, T)), dim=2)       # (B, T, S + T)
-            depth = torch.tensor([len(node) for node in nodes], device=device)
-            ids = torch.tensor([node[-1] for node in nodes], device=device)
-            tree = self.llm.embed(ids).expand(B, T, -1)
-            tree = self.llm(tree, sees[:, None], row.sum(1, keepdim=True) + depth - 1, cache)     # (B, T, C)
-            hidden = torch.cat((hidden, tree), dim=1)
-        scores = torch.zeros(B, len(self.labels), device=device)
-        for i, node in enumerate([root, *nodes]):
-            below = [k for k, ids in enumerate(self.labels) if ids[:len(node)] == node != ids]
-            after = self.llm.logits(hidden[:, i]).log_softmax(dim=-1)                             # (B, V)
-            scores[:, below] += after[:, [self.labels[k][len(node)] for k in below]]
-        return scores.log_softmax(dim=-1)
 
     def _read_placeholder(self, row, new):
         placeholder = torch.full_like(new[:, :1], self.before[0])

@@ -7,7 +7,8 @@
     python eval.py RUN --check-backbone     its logits with and without the adapter, bit by bit
 
     parse_answer, METRICS, bootstrap        text -> number -> every task's scores, with intervals
-    evaluate, score, write_results          a split's answers, what they score, metrics.json and predictions.csv
+    evaluate, label_logprobs, score         a split's answers, the labels' probabilities, what they score
+    write_results                           metrics.json and predictions.csv
     ablate, clip, check_backbone            the other commands
 """
 import argparse
@@ -27,8 +28,9 @@ import torch
 from tqdm import tqdm
 
 from adapter import MultimodalLLM, load_adapter
-from data import FEATURES, HERE, TASKS, Split, Task, clean, collate, find_llm, load_split, load_tokenizer
-from model import load_llm, write_atomic
+from data import FEATURES, HERE, TASKS, Split, Task, clean, collate, epoch_rows, find_llm, load_split
+from data import load_tokenizer
+from model import KVCache, load_llm, write_atomic
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Answers: the LLM's text -> a number, or None
@@ -293,14 +295,44 @@ def moments(probabilities: np.ndarray, task: Task) -> np.ndarray:
     return np.stack((mean, np.sqrt(np.maximum(probabilities @ labels**2 - mean**2, 0))))
 
 
+@torch.no_grad()
+def label_logprobs(net: MultimodalLLM, batch):
+    """Log-probabilities (B, labels) of the task's legal labels behind each row, normalised over them.
+
+    The labels' tokens form a tree: "-0.1" and "-0.2" part at their last token. Each row is read once; one more
+    forward reads the tree's T inner nodes side by side behind it, each seeing the row and its own ancestors.
+    """
+    nodes = dict.fromkeys(ids[:n] for n in range(net.answer_len) for ids in net.labels if n < len(ids))
+    root, *nodes = nodes                                        # a node is the tokens that lead to it
+    x, lengths, _ = net.inputs(batch)
+    (B, S, _), T, device = x.shape, len(nodes), x.device
+    cache = KVCache(net.llm.config, B, S + T, device, x.dtype)
+    hidden = net.llm(x, cache=cache, at=lengths[:, None] - 1)                                 # (B, 1, C)
+    if nodes:
+        row = torch.arange(S, device=device) < lengths[:, None]                               # (B, S)
+        kin = torch.tensor([[a[:len(b)] == b for b in nodes] for a in nodes], device=device)  # a sees b
+        sees = torch.cat((row[:, None].expand(B, T, S), kin.expand(B, T, T)), dim=2)          # (B, T, S + T)
+        depth = torch.tensor([len(node) for node in nodes], device=device)
+        ids = torch.tensor([node[-1] for node in nodes], device=device)
+        tree = net.llm.embed(ids).expand(B, T, -1)
+        tree = net.llm(tree, sees[:, None], lengths[:, None] + depth - 1, cache)              # (B, T, C)
+        hidden = torch.cat((hidden, tree), dim=1)
+    scores = torch.zeros(B, len(net.labels), device=device)
+    for i, node in enumerate([root, *nodes]):
+        below = [k for k, ids in enumerate(net.labels) if ids[:len(node)] == node != ids]
+        after = net.llm.logits(hidden[:, i]).log_softmax(dim=-1)                              # (B, V)
+        scores[:, below] += after[:, [net.labels[k][len(node)] for k in below]]
+    return scores.log_softmax(dim=-1)
+
+
 def evaluate(net: MultimodalLLM, split: Split, size: int, name: str = "", decode: str = "greedy",
              readout: str = "mean") -> Result:
     """Answer and score a split, `size` rows at a time."""
-    order = sorted(range(len(split)), key=lambda i: len(split.text[i]))     # rows of like length need little padding
-    read, outputs = net.answer if decode == "greedy" else net.label_logprobs, [None] * len(split)
-    for start in tqdm(range(0, len(order), size), name, leave=False, disable=None):
-        rows = order[start:start + size]
-        for row, output in zip(rows, read(collate(split, rows))):
+    order = epoch_rows(len(split), size, lengths=net.text_lengths(split.text))
+    outputs = [None] * len(split)
+    for rows in tqdm(order, name, leave=False, disable=None):
+        batch = collate(split, rows)
+        for row, output in zip(rows, net.answer(batch) if decode == "greedy" else label_logprobs(net, batch)):
             outputs[row] = output
     if decode == "greedy":
         return score(outputs, split.label, net.task, net.official)
@@ -473,7 +505,7 @@ def clip(net: MultimodalLLM, text: str, paths: dict, ranges: dict) -> dict:
         notes.append(f"text: of {n} tokens the first {task.text_len} are read")
 
     def read(row):
-        p = net.label_logprobs(collate(row, [0])).exp().double().cpu().numpy()
+        p = label_logprobs(net, collate(row, [0])).exp().double().cpu().numpy()
         mean_std = {} if task.labels else dict(zip(("mean", "std"), moments(p, task)[:, 0].tolist()))
         return {"label": names[p.argmax()], "probability": float(p.max()), **mean_std}, dict(zip(names, p[0].tolist()))
 
@@ -534,7 +566,7 @@ def check_backbone(net: MultimodalLLM, fresh: list, batch) -> str:
             raise ValueError(f"the backbone changed: {wrong} of {len(fresh)} fingerprints differ {when}")
 
     compare("behind the adapter")
-    net.answer(batch), net.label_logprobs(batch)
+    net.answer(batch), label_logprobs(net, batch)
     compare("after answering")
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)            # the frozen ones too
     net.loss(batch).backward()

@@ -207,7 +207,7 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.dim, heads * config.head_dim, bias=config.qkv_bias)
         self.out = nn.Linear(config.n_head * config.head_dim, config.dim, bias=False)
 
-    def forward(self, x, rope, mask, cache, layer):
+    def forward(self, x, rope, mask, cache, layer, at=None):
         c, (B, T, _) = self.config, x.shape
         heads = self.qkv(x).view(B, T, -1, c.head_dim).transpose(1, 2)                            # (B, H + 2K, T, D)
         qk, v = heads.split([c.n_head + c.n_kv_head, c.n_kv_head], dim=1)
@@ -217,8 +217,10 @@ class Attention(nn.Module):
         if c.n_kv_head < c.n_head:      # query head h reads key/value head h // (H/K): 0 0 0 1 1 1, not 0 1 0 1 0 1
             k, v = (t.repeat_interleave(c.n_head // c.n_kv_head, dim=1) for t in (k, v))          # (B, H, S, D)
         # Without a mask: several new positions are a whole row (causal), a single one may look at all that is cached.
+        if at is not None:              # only the positions wanted ask, all answer
+            q = q.take_along_dim(at[:, None, :, None], dim=2)                                     # (B, H, n, D)
         h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1)
-        return self.out(h.transpose(1, 2).reshape(B, T, -1))                                      # (B, T, C)
+        return self.out(h.transpose(1, 2).flatten(2))                                             # (B, T or n, C)
 
 
 class MLP(nn.Module):
@@ -238,8 +240,10 @@ class Block(nn.Module):
         self.attn_norm, self.attn = RMSNorm(config.dim, config.norm_eps), Attention(config)
         self.mlp_norm, self.mlp = RMSNorm(config.dim, config.norm_eps), MLP(config)
 
-    def forward(self, x, rope, mask=None, cache=None, layer=0):
-        x = x + self.attn(self.attn_norm(x), rope, mask, cache, layer)
+    def forward(self, x, rope, mask=None, cache=None, layer=0, at=None):
+        """Hidden states (B, T, C) -> those after the block, of all positions or, (B, n, C), of those `at` (B, n)."""
+        h = self.attn(self.attn_norm(x), rope, mask, cache, layer, at)
+        x = h + (x if at is None else x.take_along_dim(at[..., None], dim=1))
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -251,10 +255,10 @@ class Recompute(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, block, rope, mask):
+    def forward(ctx, x, block, rope, mask, at):
         assert not any(p.requires_grad for p in block.parameters()), "Recompute is for frozen blocks only"
         ctx.save_for_backward(x)
-        ctx.run = lambda x: block(x, rope, mask)
+        ctx.run = lambda x: block(x, rope, mask, at=at)
         return ctx.run(x)                                   # autograd is off in here: nothing of the block is kept
 
     @staticmethod
@@ -263,7 +267,7 @@ class Recompute(torch.autograd.Function):
         x = x.detach().requires_grad_()
         with torch.enable_grad():
             y = ctx.run(x)
-        return torch.autograd.grad(y, x, grad)[0], None, None, None
+        return torch.autograd.grad(y, x, grad)[0], None, None, None, None
 
 
 class LLM(nn.Module):
@@ -289,11 +293,13 @@ class LLM(nn.Module):
         """Hidden states (..., C) -> scores of the next token (..., V) in fp32. Pass only the positions you need."""
         return F.linear(hidden, (self.embedding if self.config.tied_head else self.head).weight).float()
 
-    def forward(self, x, mask=None, positions=None, cache: KVCache | None = None, recompute: int = 0):
-        """Embeddings (B, T, C) -> hidden states after the last norm (B, T, C).
+    def forward(self, x, mask=None, positions=None, cache: KVCache | None = None, recompute: int = 0, at=None):
+        """Embeddings (B, T, C) -> hidden states after the last norm, (B, T, C) or (B, n, C).
 
         mask: (B, S) bool, False where a row is padding; None when there is none. positions: (B, T), by default each
         row's count of real tokens. recompute: how many blocks, from the first on, keep only their input for backward.
+        at: which positions are wanted, (B, n), by default all; but for keys and values, the last block computes these
+        alone. Padding behind a row needs no mask: no real token looks that far ahead.
         """
         T, past = x.size(1), cache.length if cache is not None else 0
         if past + T > self.config.max_len:
@@ -303,19 +309,21 @@ class LLM(nn.Module):
             positions = torch.arange(past, past + T, device=x.device)[None]                      # (1, T)
         elif positions is None:
             positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, past:]                           # (B, T)
-        rope, mask = rope_table(positions, self.config), attention_mask(mask, past, T, x.device)
+        rope, sees, wanted = rope_table(positions, self.config), attention_mask(mask, past, T, x.device), None
         for layer, block in enumerate(self.blocks):
+            if layer == self.config.n_layer - 1 and at is not None:
+                sees, wanted = attention_mask(mask, past, T, x.device, at), at
             if layer < recompute and torch.is_grad_enabled() and cache is None:
-                x = Recompute.apply(x, block, rope, mask)
+                x = Recompute.apply(x, block, rope, sees, wanted)
             else:
-                x = block(x, rope, mask, cache, layer)
+                x = block(x, rope, sees, cache, layer, wanted)
         if cache is not None:
             cache.length += T
         return self.norm(x)
 
     @torch.no_grad()
     def generate(self, x, max_new_tokens: int, mask=None, eos_id: int | None = None, read_next=None):
-        """Greedy decoding from embeddings x (B, T, C), padded on the left where mask (B, T) is False.
+        """Greedy decoding from embeddings x (B, T, C), padded on either side where mask (B, T) is False.
 
         Returns the new tokens alone, (B, at most max_new_tokens). A row that has written `eos_id` goes on with it, and
         decoding ends when all rows have. read_next: a function of (x, new tokens) that gives what is read before the
@@ -326,32 +334,35 @@ class LLM(nn.Module):
         cache = KVCache(self.config, B, (T + max_new_tokens) * steps, x.device, x.dtype)
         done = torch.zeros(B, dtype=torch.bool, device=x.device)
         new = torch.empty(B, 0, dtype=torch.long, device=x.device)
+        mask = torch.ones(B, T, dtype=torch.bool, device=x.device) if mask is None else mask
+        at = (mask * torch.arange(T, device=x.device)).amax(dim=1, keepdim=True)         # each row's last token, (B, 1)
+        sees = None if bool((mask[:, 1:] <= mask[:, :-1]).all()) else mask      # all padding behind: see forward
         while new.size(1) < max_new_tokens and not (eos_id is not None and bool(done.all())):
-            ids = self.logits(self(x, mask, positions, cache)[:, -1]).argmax(dim=-1)              # (B,)
+            ids = self.logits(self(x, sees, positions, cache, at=at)[:, -1]).argmax(dim=-1)       # (B,)
             if eos_id is not None:
                 ids = ids.masked_fill(done, eos_id)
                 done = done | (ids == eos_id)
             new = torch.cat((new, ids[:, None]), dim=1)
             x, positions = read_next(row, new) if read_next else (self.embed(new[:, -1:]), None)
-            mask = None if mask is None else F.pad(mask, (0, x.size(1)), value=True)
+            sees = mask = F.pad(mask, (0, x.size(1)), value=True)
+            at = None
         return new
 
 
-def attention_mask(mask, past: int, T: int, device):
-    """Which of S positions each of the T new ones may look at: bool (B or 1, 1, T, S), or None for plain causal.
-
-    mask: (B, S) bool of real tokens, or None; (B, 1, T, S) is taken as it is.
+def attention_mask(mask, past: int, T: int, device, at=None):
+    """Which of S positions each of the T new ones, or of those `at` (B, n), may look at: bool (B or 1, 1, T or n, S),
+    or None for plain causal. mask: (B, S) bool of real tokens, or None; (B, 1, T, S) is taken as it is.
     """
     if mask is not None and mask.dim() == 4:
         return mask
-    if mask is None and (T == 1 or past == 0):
+    if mask is None and at is None and (T == 1 or past == 0):
         return None                                         # a whole row, or one token that may look at everything
-    S = past + T
-    causal = torch.ones(T, S, dtype=torch.bool, device=device).tril(diagonal=past)                # (T, S)
+    key = torch.arange(past + T, device=device)                                                   # (S,)
+    query = (key[None, past:] if at is None else past + at)[..., None]                            # (B or 1, T or n, 1)
     if mask is None:
-        return causal[None, None]
-    itself = torch.eye(S, dtype=torch.bool, device=device)[past:]       # a padding position must look at something
-    return ((causal & mask[:, None, :]) | itself)[:, None]                                        # (B, 1, T, S)
+        return (key <= query)[:, None]
+    # A padding position must look at something: itself.
+    return ((key <= query) & mask[:, None, :] | (key == query))[:, None]                          # (B, 1, T or n, S)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

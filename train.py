@@ -182,8 +182,8 @@ def check_finite(loss, net: MultimodalLLM, parts: list):
     if math.isfinite(float(loss)):
         return
     with torch.no_grad():
-        x, mask, pseudo = net.inputs(parts[0])
-        hidden = net.llm(x, mask)
+        x, _, pseudo = net.inputs(parts[0])
+        hidden = net.llm(x)
         way = [*(("adapter parameter " + name, p) for name, p in net.adapter.named_parameters()),
                ("pseudo tokens", pseudo), ("hidden states", hidden), ("logits", net.llm.logits(hidden[:, -1]))]
     name = next((name for name, tensor in way if not bool(torch.isfinite(tensor).all())), "loss")
@@ -363,7 +363,7 @@ def fit(net: MultimodalLLM, train: Split, valid: Split, settings: Settings, seed
 
 def train_epoch(net, optimizer, scaler, train, settings, seed, recompute, progress, save):
     """The epoch's remaining steps. progress moves with them; save() is called every `save_minutes`."""
-    order = epoch_rows(len(train), settings.batch_size, seed, progress.epoch)
+    order = epoch_rows(len(train), settings.batch_size, seed, progress.epoch, net.text_lengths(train.text))
     total, micro = len(order) * settings.epochs, settings.micro_batch or settings.batch_size
     bar = tqdm(total=len(order), initial=progress.step, desc=f"epoch {progress.epoch + 1}", leave=False, disable=None)
     saved = time.time()

@@ -1,16 +1,20 @@
-"""Time training steps and answers, and compare with the same work through `transformers` as the release does it.
+"""Time training steps, answers and loading, beside the same work done through `transformers` as the release does it.
 
-    python tests/bench.py --llm ../shared/weights/stories260K --data-dir ../shared/data --batch 16 --steps 20
-    python tests/bench.py --shape 100m --tokenizer ../shared/tokenizers/llama2 --data-dir ../shared/data --steps 3
-    python tests/bench.py --shape llama2-7b --device cuda --dtype bfloat16 --batch 8 --recompute 32
+    python tests/bench.py --llm ../shared/weights/stories260K --data-dir ../shared/data --rounds 20
+    python tests/bench.py --shape 100m --tokenizer ../shared/tokenizers/llama2 --data-dir ../shared/data --batch 4
+    python tests/bench.py --shape llama2-7b --device cuda --dtype bfloat16 --batch 8 --recompute 32 --peak 989
+    python tests/bench.py --shape 100m --scaling            cost by rows and tokens, memory by recomputed blocks
 
-Three ways do the same rows in turn, step by step, so that a noisy machine hurts all alike: `default` and `official`
-are this repository's modes; `release` is a transformers model of the same weights on the official rows: padded to the
-fixed length, logits over the whole vocabulary at every position. TFLOP/s count 4 FLOP per weight and token (forward 2,
+Three ways train on as many rows and answer as many, in turn, so that a noisy machine hurts all alike:
+    default     this repository: real tokens only, rows of like length together, answers with --eval-batch rows
+    official    this repository, on the release's rows
+    release     transformers, on the release's rows: padded to the fixed length, in random order, --batch rows at a time
+                also when answering, logits over the whole vocabulary at every position of a row (as its transformers
+                4.36 computed them in `generate`, too)
+default and official share the weights with release. TFLOP/s count 4 FLOP per weight of the blocks and token (forward 2,
 backward to the activations 2), 6 with recomputation, 2 when answering.
 """
 import argparse
-import statistics
 import sys
 import time
 from pathlib import Path
@@ -22,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from adapter import AdapterConfig, MSEAdapter, MultimodalLLM  # noqa: E402
-from data import HERE, TASKS, batches, load_split, load_tokenizer, preset  # noqa: E402
+from data import HERE, TASKS, collate, epoch_rows, load_split, load_tokenizer, preset  # noqa: E402
 from model import LLM, NAMES, Config, _sources, load_llm  # noqa: E402
 from train import peak_bytes, train_step  # noqa: E402
 
@@ -71,7 +75,7 @@ def transformers_twin(llm: LLM):
 
 
 class Release(MultimodalLLM):
-    """The release's way: every position goes through the head, and the loss looks at the label's alone."""
+    """The release's way: every position goes through the head; the loss and the next token need few of them."""
 
     def loss(self, batch, recompute: int = 0):
         labels = [self.tokenizer.encode(self.label_text(y)) for y in batch.label]
@@ -86,7 +90,9 @@ class Release(MultimodalLLM):
     def answer(self, batch):
         x, _, _ = self.inputs(batch)
         mask = torch.ones(x.shape[:2], dtype=torch.long, device=x.device)
-        return self.twin.generate(inputs_embeds=x, attention_mask=mask, max_new_tokens=self.answer_len, do_sample=False)
+        ids = self.twin.generate(inputs_embeds=x, attention_mask=mask, max_new_tokens=self.answer_len, do_sample=False,
+                                 logits_to_keep=0)              # 0: of every position, as all versions once did
+        return [self.tokenizer.decode(row) for row in ids.tolist()]
 
 
 def synchronize(device: str):
@@ -94,35 +100,132 @@ def synchronize(device: str):
         torch.cuda.synchronize(device)
 
 
-def measure(ways: dict, rounds: list, work, device: str) -> dict:
-    """Seconds of `work(net, batch)` for each way and round, the ways in turn; the first round warms up."""
-    seconds, results = {name: [] for name in ways}, {name: [] for name in ways}
-    for batch in rounds:
+def measure(ways: dict, rounds: dict, work, device: str) -> tuple[dict, dict]:
+    """Seconds and results of `work(name, net, batch)` by way. rounds: each way's list of lists of batches; the ways
+    take turns, and the first round, which warms up, does not count."""
+    seconds, results = dict.fromkeys(ways, 0.0), {name: [] for name in ways}
+    for i in range(len(rounds["default"])):
         for name, net in ways.items():
             synchronize(device)
             began = time.perf_counter()
-            results[name].append(work(name, net, batch))
+            results[name] += [work(name, net, batch) for batch in rounds[name][i]]
             synchronize(device)
-            seconds[name].append(time.perf_counter() - began)
-    return {name: times[1:] for name, times in seconds.items()}, results
+            seconds[name] += (time.perf_counter() - began) * (i > 0)
+    return seconds, results
 
 
-def report(title: str, seconds: dict, rounds: list, ways: dict, flops: int, weights: int):
-    """One line per way: medians, rates, and the ratio to the release's way, step by step."""
-    print(f"{title}: median of {len(rounds) - 1} batches of {len(rounds[0].text)} rows")
-    for name, times in seconds.items():
-        tokens = [net_tokens(ways[name], batch) for batch in rounds[1:]]
-        rate = sum(tokens) / sum(times)
-        ratio = statistics.median(a / b for a, b in zip(times, seconds["release"])) if "release" in seconds else 1.0
-        rows = sum(len(batch.text) for batch in rounds[1:]) / sum(times)
-        print(f"  {name:9} {statistics.median(times):8.3f} s  {rows:8.1f} rows/s  {rate:9.0f} tokens/s  "
-              f"{flops * weights * rate / 1e12:7.3f} TFLOP/s  {ratio:5.2f} of release")
+def report(title: str, ways: dict, rounds: dict, seconds: dict, flops: int, peak: float):
+    """A line per way: its rates, and its time for a row as a share of the release's."""
+    print(f"{title:9}  rows   seconds   rows/s  tokens/s  tokens/row  TFLOP/s{'  of peak' * bool(peak)}  of release")
+    for name, net in reversed(ways.items()):
+        batches = [batch for part in rounds[name][1:] for batch in part]
+        rows, took = sum(len(batch.text) for batch in batches), seconds[name]
+        with torch.no_grad():
+            tokens = sum(net.inputs(batch)[0].shape[:2].numel() for batch in batches)   # computed, padding included
+        if name == "release":
+            slowest = took / rows
+        weights = sum(p.numel() for block in net.llm.blocks for p in block.parameters())
+        rate = flops * weights * tokens / took / 1e12
+        print(f"{name:9}{rows:6}{took:10.2f}{rows / took:9.1f}{tokens / took:10.0f}{tokens / rows:12.1f}{rate:9.3f}"
+              f"{f'{rate / peak:9.1%}' if peak else ''}{f'{took / rows / slowest:12.2f}' if 'release' in ways else ''}")
 
 
-def net_tokens(net, batch) -> int:
-    """Positions that the backbone computes, padding included."""
-    with torch.no_grad():
-        return net.inputs(batch)[0].shape[:2].numel()
+def compare(llm, tokenizer, task, args):
+    """Train and answer in each way."""
+    splits = {split: load_split(task, args.data_dir or HERE / task.home, split) for split in ("train", "test")}
+    p = preset(task, llm.config.family)
+    config = AdapterConfig(llm.config.dim, splits["train"].audio[0].shape[1], splits["train"].video[0].shape[1],
+                           p.audio_hidden, p.video_hidden, p.pseudo_tokens)
+    ways = {}
+    for name in ("default", "official") + (() if args.alone else ("release",)):
+        torch.manual_seed(0)
+        adapter, kind = MSEAdapter(config).to(args.device), Release if name == "release" else MultimodalLLM
+        ways[name] = kind(llm, adapter, tokenizer, task, official=name != "default")
+    if not args.alone:
+        object.__setattr__(ways["release"], "twin", transformers_twin(llm))     # no submodule: the weights are llm's
+    optimizers = {name: torch.optim.AdamW(net.adapter.parameters(), eps=1e-4) for name, net in ways.items()}
+    scaler = torch.amp.GradScaler(args.device.split(":")[0], enabled=False)
+
+    def rounds(split, size, seed):
+        """For each way so many rounds: the first ones of an epoch, or some from the whole range of lengths."""
+        found = {}
+        for name, net in ways.items():
+            order = epoch_rows(len(split), size, seed, lengths=net.text_lengths(split.text))
+            n = len(order) if seed is None else args.rounds
+            picked = [order[int((i + 0.5) * n / args.rounds)] for i in range(args.rounds)]
+            parts = [[rows[i:i + args.batch] for i in range(0, size, args.batch)] if name == "release" else [rows]
+                     for rows in [picked[0], *picked]]
+            found[name] = [[collate(split, rows) for rows in part if rows] for part in parts]
+        return found
+
+    def step(name, net, batch):
+        return float(train_step(net, optimizers[name], scaler, [batch], 1e-4, args.recompute))
+
+    work = rounds(splits["train"], args.batch, 1)
+    seconds, losses = measure(ways, work, step, args.device)
+    report("training", ways, work, seconds, 6 if args.recompute else 4, args.peak)
+    if not args.alone:
+        gap = max(abs(a - b) for a, b in zip(losses["official"], losses["release"], strict=True))
+        print(f"losses of official and release differ by at most {gap:.1e}")
+    work = rounds(splits["test"], args.eval_batch, None)
+    seconds, _ = measure(ways, work, lambda name, net, batch: net.answer(batch), args.device)
+    report("answers", ways, work, seconds, 2, args.peak)
+    print(f"peak memory {peak_bytes(args.device) / 2**30:.2f} GiB")
+
+
+def scaling(llm, device: str):
+    """Cost of a forward and backward through the backbone, by rows and tokens, and its memory by recomputed blocks."""
+    def run(rows, tokens, recompute=0):
+        x = torch.zeros(rows, tokens, llm.config.dim, dtype=llm.embedding.weight.dtype, device=device)
+        x = x.normal_().requires_grad_()
+        at = torch.tensor([[tokens - 2, tokens - 1]] * rows, device=device)
+        llm(x, recompute=recompute, at=at).float().sum().backward()
+
+    def seconds(*shape):
+        run(*shape)
+        synchronize(device)
+        began = time.perf_counter()
+        run(*shape), run(*shape), synchronize(device)
+        return (time.perf_counter() - began) / 2
+
+    sizes = [n for n in (64, 128, 256, 512) if n <= llm.config.max_len]
+    print("microseconds per token, forward and backward\nrows " + "".join(f"{n:6} tokens" for n in sizes))
+    for rows in (1, 2, 4, 8):
+        print(f"{rows:4} " + "".join(f"{1e6 * seconds(rows, n) / rows / n:13.1f}" for n in sizes))
+    print("8 rows of 200 tokens\nrecomputed blocks   kept for backward   forward and backward")
+    layers = llm.config.n_layer
+    for k in sorted({0, layers // 4, layers // 2, 3 * layers // 4, layers}):
+        print(f"{k:17} {kept_bytes(llm, 8, 200, k, device) / 2**20:15.0f} MiB {seconds(8, 200, k):20.2f} s")
+
+
+def kept_bytes(llm, rows: int, tokens: int, recompute: int, device: str) -> int:
+    """Bytes that autograd keeps for backward, the weights aside."""
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    x = torch.zeros(rows, tokens, llm.config.dim, dtype=llm.embedding.weight.dtype, device=device).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        _ = llm(x, recompute=recompute)
+    weights = {p.untyped_storage().data_ptr() for p in llm.parameters()}
+    return sum(tensor.untyped_storage().nbytes() for at, tensor in kept.items() if at not in weights)
+
+
+def load(folder, device: str, dtype) -> LLM:
+    """Load a checkpoint, and say how long that takes beside copying as many bytes."""
+    began = time.perf_counter()
+    llm = load_llm(folder, device, dtype)
+    synchronize(device)
+    took, size = time.perf_counter() - began, sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
+    block = torch.ones(min(size, 1 << 28), dtype=torch.uint8)
+    began = time.perf_counter()
+    block.to(device, copy=True)
+    synchronize(device)
+    copy = (time.perf_counter() - began) * size / block.numel()
+    print(f"load_llm: {size / 1e9:.2f} GB in {took:.2f} s; copying as much takes {copy:.2f} s")
+    return llm
 
 
 def parse():
@@ -132,53 +235,28 @@ def parse():
     parser.add_argument("--tokenizer", help="folder of the tokenizer for --shape [the demo's]")
     parser.add_argument("--data", default="meld", choices=TASKS)
     parser.add_argument("--data-dir", help="folder with the published files [the task's]")
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--recompute", type=int, default=0, help="blocks that recompute, in this repository's ways")
+    parser.add_argument("--batch", type=int, default=16, help="rows of a training step [16]")
+    parser.add_argument("--eval-batch", type=int, default=64, help="rows when answering, in our ways [64]")
+    parser.add_argument("--rounds", type=int, default=10, help="training steps, and batches of --eval-batch [10]")
+    parser.add_argument("--recompute", type=int, default=0, help="blocks that recompute, in our ways")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--peak", type=float, default=0, help="the device's dense peak in TFLOP/s")
     parser.add_argument("--alone", action="store_true", help="without transformers")
+    parser.add_argument("--scaling", action="store_true", help="cost by rows and tokens, memory by recomputed blocks")
     return parser.parse_args()
 
 
 def main():
     args = parse()
-    task, dtype = TASKS[args.data], getattr(torch, args.dtype)
-    folder = args.llm or HERE / "demo" / "llm"
-    began = time.perf_counter()
-    llm = random_llm(args.shape, args.device, dtype) if args.shape else load_llm(folder, args.device, dtype)
-    weights = sum(p.numel() for block in llm.blocks for p in block.parameters())
-    print(f"{args.shape or folder}: {sum(p.numel() for p in llm.parameters()):,} parameters on {args.device}, "
-          f"{torch.get_num_threads()} threads, ready in {time.perf_counter() - began:.1f} s")
-    tokenizer = load_tokenizer(args.tokenizer or folder)
-    train = load_split(task, args.data_dir or HERE / task.home, "train")
-    p = preset(task, "llama")
-    config = AdapterConfig(llm.config.dim, train.audio[0].shape[1], train.video[0].shape[1], p.audio_hidden,
-                           p.video_hidden, p.pseudo_tokens)
-    ways, twin = {}, None if args.alone else transformers_twin(llm)
-    for name, kind, official in (("default", MultimodalLLM, False), ("official", MultimodalLLM, True),
-                                 ("release", Release, True)):
-        if name == "release" and args.alone:
-            continue
-        torch.manual_seed(0)
-        ways[name] = kind(llm, MSEAdapter(config).to(args.device), tokenizer, task, official)
-        if name == "release":
-            object.__setattr__(ways[name], "twin", twin)    # not a submodule: its weights are the backbone's
-    optimizers = {name: torch.optim.AdamW(net.adapter.parameters(), eps=1e-4) for name, net in ways.items()}
-    scaler = torch.amp.GradScaler(args.device.split(":")[0], enabled=False)
-    rounds = [batch for _, batch in zip(range(args.steps + 1), batches(train, args.batch, seed=1))]
-
-    def step(name, net, batch):
-        return float(train_step(net, optimizers[name], scaler, [batch], 1e-4, args.recompute))
-
-    seconds, losses = measure(ways, rounds, step, args.device)
-    report("training", seconds, rounds, ways, 6 if args.recompute else 4, weights)
-    if "release" in losses:
-        gap = max(abs(a - b) for a, b in zip(losses["official"], losses["release"]))
-        print(f"  losses of official and release differ by at most {gap:.1e}")
-    seconds, _ = measure(ways, rounds, lambda name, net, batch: net.answer(batch), args.device)
-    report("answers", seconds, rounds, ways, 2, weights)
-    print(f"peak memory {peak_bytes(args.device) / 2**30:.2f} GiB")
+    dtype, folder = getattr(torch, args.dtype), args.llm or HERE / "demo" / "llm"
+    llm = random_llm(args.shape, args.device, dtype) if args.shape else load(folder, args.device, dtype)
+    print(f"{args.shape or folder}: {sum(p.numel() for p in llm.parameters()):,} parameters, {args.dtype} on "
+          f"{args.device}, {torch.get_num_threads()} threads, batch {args.batch}")
+    if args.scaling:
+        scaling(llm, args.device)
+    else:
+        compare(llm, load_tokenizer(args.tokenizer or folder), TASKS[args.data], args)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from safetensors.torch import load_file, save_file
 
 from adapter import OFFICIAL_NAMES, AdapterConfig, MSEAdapter, MultimodalLLM, load_adapter, save_adapter
 from data import TASKS, Batch, preset
+from eval import label_logprobs
 from model import load_llm
 
 PAIRS = [("llama", "meld"), ("qwen", "simsv2"), ("qwen2", "cherma"), ("chatglm", "mosei")]
@@ -176,11 +177,10 @@ def test_pads_count_in_official_mode_alone(tiny):
             ids = [net.tokenizer.token_id("<unk>")] * (65 - len(ids) if official else 0) + ids
             mean = llm.embed(torch.tensor(ids, dtype=torch.long)).sum(0) / max(1, len(ids))
             close(text_mean(net, batch)[n], mean)
-        x, mask, _ = net.inputs(batch)
+        x, lengths, _ = net.inputs(batch)
         P, prompt = 3, len(net.before) + len(net.after)
         real = [prompt + P + (65 if official else min(65, len(text.encode()))) for text in batch.text]
-        assert x.size(1) == max(real)
-        assert mask is None if official else mask.sum(1).tolist() == real and bool(mask[:, -1].all())
+        assert x.size(1) == max(real) and lengths.tolist() == real
 
 
 def test_official_wording_differs_where_the_release_does(tiny):
@@ -201,8 +201,8 @@ def test_label_text(tiny):
 def test_answer_is_the_greedy_continuation_up_to_the_end_token(net):
     net.answer_len = 6
     batch = rows(net.task, [2, 0])
-    x, mask, _ = net.inputs(batch)
-    ids = net.llm.generate(x, 6, mask).tolist()
+    x, lengths, _ = net.inputs(batch)
+    ids = net.llm.generate(x, 6, torch.arange(x.size(1)) < lengths[:, None]).tolist()
     net.eos_id = ids[0][2]
     assert net.eos_id not in ids[0][:2]
     expected = [row[:row.index(net.eos_id)] if net.eos_id in row else row for row in ids]
@@ -214,10 +214,11 @@ def test_label_logprobs_score_every_legal_label(net):
     scores = []
     for text in net.task.wording(net.llm.config.family).labels:
         label = net.tokenizer.encode(text)
-        x, mask, _ = net.inputs(batch, [label] * 3)
-        logprob = net.llm.logits(net.llm(x, mask)[:, -len(label) - 1:-1]).log_softmax(dim=-1)
+        x, lengths, _ = net.inputs(batch, [label] * 3)
+        hidden = [row[length - len(label) - 1:length - 1] for row, length in zip(net.llm(x), lengths)]
+        logprob = net.llm.logits(torch.stack(hidden)).log_softmax(dim=-1)
         scores.append(sum(logprob[:, k, token] for k, token in enumerate(label)))
-    close(net.label_logprobs(batch), torch.stack(scores, dim=1).log_softmax(dim=1).detach(), 1e-4)
+    close(label_logprobs(net, batch), torch.stack(scores, dim=1).log_softmax(dim=1).detach(), 1e-4)
 
 
 def test_what_does_not_fit_together_is_refused(tiny):

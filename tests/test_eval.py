@@ -13,7 +13,7 @@ from conftest import HERE, Bomb, ByteTokenizer, close, need_shared, random_adapt
 import eval
 from adapter import OFFICIAL_NAMES, AdapterConfig, MSEAdapter, MultimodalLLM, load_adapter, save_adapter
 from data import TASKS, Batch, Split, collate, load_split, load_tokenizer
-from eval import evaluate, moments, score, score_labels, shuffled, variants, without
+from eval import evaluate, label_logprobs, moments, score, score_labels, shuffled, variants, without
 from model import load_llm
 
 TEXTS = ["Oh!", "", "I can't believe it: she left me. Again!", "好吧"]
@@ -43,8 +43,9 @@ def brute_force(net, batch):
     """The labels' probabilities from one full forward pass each, over the rows with that label behind them."""
     scores = torch.zeros(len(batch.text), len(net.labels))
     for k, ids in enumerate(net.labels):
-        x, mask, _ = net.inputs(batch, [list(ids)] * len(batch.text))
-        after = net.llm.logits(net.llm(x, mask)[:, -len(ids) - 1:-1]).log_softmax(dim=-1)         # (B, n, V)
+        x, lengths, _ = net.inputs(batch, [list(ids)] * len(batch.text))
+        hidden = [row[length - len(ids) - 1:length - 1] for row, length in zip(net.llm(x), lengths)]
+        after = net.llm.logits(torch.stack(hidden)).log_softmax(dim=-1)                           # (B, n, V)
         scores[:, k] = after.gather(2, torch.tensor(ids).expand(len(scores), -1)[..., None]).sum((1, 2))
     return scores.softmax(dim=-1)
 
@@ -54,7 +55,7 @@ def brute_force(net, batch):
 def test_label_probabilities_equal_brute_force(tiny, family, task, official):
     net = make(tiny[family], task, official)
     batch = collate(rows(net.task), range(4))
-    ours = net.label_logprobs(batch).exp()
+    ours = label_logprobs(net, batch).exp()
     close(ours, brute_force(net, batch))
     close(ours.sum(dim=1), torch.ones(4))
     assert ours.shape == (4, len(net.task.values())) and ours.std(dim=0).max() > 1e-3
@@ -64,9 +65,9 @@ def test_label_probabilities_equal_brute_force(tiny, family, task, official):
 def test_label_probabilities_do_not_depend_on_the_batch(tiny, family):
     net = make(tiny[family], "mosei")
     split = rows(net.task)
-    together = net.label_logprobs(collate(split, range(4)))
+    together = label_logprobs(net, collate(split, range(4)))
     for i in range(4):
-        close(net.label_logprobs(collate(split, [i]))[0], together[i], 1e-4)
+        close(label_logprobs(net, collate(split, [i]))[0], together[i], 1e-4)
 
 
 @pytest.mark.parametrize("family, task", [
@@ -79,7 +80,7 @@ def test_label_scoring_always_answers(tiny, family, task):
     assert greedy.unparsed == 4 and mode.unparsed == mean.unparsed == mode.out_of_range == mean.out_of_range == 0
     assert set(mode.pred) <= set(legal) and np.isfinite(list(mode.scores.values())[0])
     for i in range(4):                                                  # in the split's order
-        p = net.label_logprobs(collate(split, [i])).exp()[0].double().numpy()
+        p = label_logprobs(net, collate(split, [i])).exp()[0].double().numpy()
         close(torch.tensor(mean.probabilities[i]), torch.tensor(p))
         assert mode.pred[i] == legal[p.argmax()] == float(mode.answers[i])
         assert greedy.answers[i] == net.answer(collate(split, [i]))[0]
@@ -184,6 +185,9 @@ class Listener:
 
     def __init__(self, sense: str):
         self.sense = sense
+
+    def text_lengths(self, texts: list[str]) -> list[int]:
+        return list(map(len, texts))
 
     def answer(self, batch: Batch) -> list[str]:
         if self.sense == "text":
@@ -358,11 +362,11 @@ def test_one_clip(run, demo, monkeypatch, capsys):
     net = load_adapter(run / "adapter.safetensors", *demo, TASKS["demo"])
     batch = Batch(["Tom put the lamp away."], torch.ones(1, 3, 6), torch.tensor([3]),
                   torch.zeros(1, 1, 8), torch.tensor([0]), [0])
-    close(torch.tensor(list(found["probabilities"].values())), net.label_logprobs(batch)[0].exp())
+    close(torch.tensor(list(found["probabilities"].values())), label_logprobs(net, batch)[0].exp())
     deaf, k = batch._replace(audio_len=torch.tensor([0])), TASKS["demo"].labels.index(found["label"])
-    close(torch.tensor(found["changes"]["without audio"]["probability"]), net.label_logprobs(deaf)[0].exp().max())
+    close(torch.tensor(found["changes"]["without audio"]["probability"]), label_logprobs(net, deaf)[0].exp().max())
     for name, other in {"audio": deaf, "text": batch._replace(text=[""])}.items():
-        change = net.label_logprobs(other)[0, k].exp() - net.label_logprobs(batch)[0, k].exp()
+        change = label_logprobs(net, other)[0, k].exp() - label_logprobs(net, batch)[0, k].exp()
         close(torch.tensor(found["changes"][f"without {name}"]["change"]), change)
         assert change.abs() > 1e-3
     assert found["label"] == max(found["probabilities"], key=found["probabilities"].get)

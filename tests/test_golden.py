@@ -105,10 +105,10 @@ def test_the_row_is_worded_as_in_the_release(golden):
     assert net.after == info["after_ids"] + info["task_prompt_ids"]
     assert [net.label_text(y) for y in info["labels"]] == info["label_text"]
     assert net.answer_len == info["max_new_tokens"]
-    x, mask, pseudo = net.inputs(golden.batch, out["label_ids"].tolist())
+    x, lengths, pseudo = net.inputs(golden.batch, out["label_ids"].tolist())
     before, after = (torch.tensor(ids).expand(4, -1) for ids in (net.before, net.after))
     before, *behind = (golden.llm.embed(ids) for ids in (before, out["text_ids"], after, out["label_ids"]))
-    assert mask is None and torch.equal(x, torch.cat((before, pseudo, *behind), dim=1))
+    assert lengths.tolist() == [x.size(1)] * 4 and torch.equal(x, torch.cat((before, pseudo, *behind), dim=1))
 
 
 def test_token_ids_of_the_real_tokenizers(golden):
@@ -141,8 +141,8 @@ def test_forward(golden):
         close(net.pseudo_tokens(golden.batch), out["pseudo_tokens"])
         for name, tensor in seen.items():
             close(tensor, out[name])
-        x, mask, _ = net.inputs(golden.batch, out["label_ids"].tolist())
-        hidden = golden.llm(x, mask)[:, -out["label_ids"].size(1) - 1:-1]
+        x, _, _ = net.inputs(golden.batch, out["label_ids"].tolist())
+        hidden = golden.llm(x)[:, -out["label_ids"].size(1) - 1:-1]
         logprob = golden.llm.logits(hidden).log_softmax(dim=-1)
     close(logprob.gather(-1, out["label_ids"][..., None])[..., 0], out["label_logprob"], 1e-4)
     close(logprob.gather(-1, out["top_ids"]), out["top_logprob"], 1e-4)
@@ -163,8 +163,8 @@ def test_loss_and_gradients(golden):
 
 def test_answers(golden):
     net = golden.net()
-    x, mask, _ = net.inputs(golden.batch)
-    assert net.llm.generate(x, net.answer_len, mask, net.eos_id, net.read_next).tolist() == golden.info["generated_ids"]
+    x, _, _ = net.inputs(golden.batch)
+    assert net.llm.generate(x, net.answer_len, None, net.eos_id, net.read_next).tolist() == golden.info["generated_ids"]
     assert net.answer(golden.batch) == golden.info["generated_text"]
 
 

@@ -176,13 +176,15 @@ def test_tied_head_is_the_embedding(tmp_path):
 # Cache, padding, decoding
 
 
-def padded(llm, lengths):
-    """Rows of these lengths, each alone (1, T, C), and all of them padded on the left with noise, with the mask."""
+def padded(llm, lengths, behind=False):
+    """Rows of these lengths, each alone (1, T, C), and all of them padded with noise, in front or behind, and the mask.
+    """
     rows = [recipe(f"row.{n}", (1, length, llm.config.dim), 0.5) for n, length in enumerate(lengths)]
     S = max(lengths)
     pads = [recipe("padding", (1, S - row.size(1), llm.config.dim), 9.0) for row in rows]
-    x = torch.cat([torch.cat(both, dim=1) for both in zip(pads, rows)])
-    return rows, x, torch.tensor([[n >= S - length for n in range(S)] for length in lengths])
+    x = torch.cat([torch.cat(both[::-1] if behind else both, dim=1) for both in zip(pads, rows)])
+    mask = torch.tensor([[n >= S - length for n in range(S)] for length in lengths])
+    return rows, x, mask.flip(1) if behind else mask
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -192,6 +194,32 @@ def test_padded_rows_equal_rows_alone(tiny, family):
     together = llm(x, mask)
     for row, hidden in zip(rows, together):
         close(hidden[-row.size(1):], llm(row)[0])
+    rows, x, mask = padded(llm, [9, 1, 4], behind=True)
+    for together in (llm(x, mask), llm(x)):                             # padding behind needs no mask
+        for row, hidden in zip(rows, together):
+            close(hidden[:row.size(1)], llm(row)[0])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("masked", [False, True])
+def test_only_the_positions_wanted(tiny, family, masked):
+    llm, at = tiny[family], torch.tensor([[8, 0], [3, 8], [5, 6]])
+    _, x, mask = padded(llm, [9, 1, 4])
+    mask, every = mask if masked else None, torch.arange(9).expand(3, -1)
+    whole = llm(x, mask)
+    close(llm(x, mask, at=every), whole, 2e-5)
+    for recompute in (0, llm.config.n_layer):
+        for past in (0, 2):                                             # read at once, or behind two cached positions
+            x = x.detach().requires_grad_()
+            cache = KVCache(llm.config, 3, 9, "cpu", torch.float32) if past else None
+            if past:
+                llm(x[:, :past], mask if mask is None else mask[:, :past], cache=cache)
+            index = (at - past).clamp(min=0)
+            picked = llm(x[:, past:], mask, cache=cache, recompute=recompute, at=index)
+            close(picked, whole.take_along_dim((index + past)[..., None], dim=1), 2e-5)
+    (expected,) = torch.autograd.grad(llm(x, mask).take_along_dim(at[..., None], dim=1).square().sum(), x)
+    (found,) = torch.autograd.grad(llm(x, mask, at=at, recompute=llm.config.n_layer).square().sum(), x)
+    close(found, expected, 2e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -225,6 +253,10 @@ def test_generate_returns_the_new_tokens(tiny, family):
     rows, x, mask = padded(llm, [9, 1, 4])
     expected = [slow_generate(llm, row, 6) for row in rows]
     assert llm.generate(x, 6, mask).tolist() == expected
+    _, behind, mask_behind = padded(llm, [9, 1, 4], behind=True)
+    assert llm.generate(behind, 6, mask_behind).tolist() == expected
+    both, mixed = torch.cat((x, behind)), torch.cat((mask, mask_behind))    # some in front, some behind
+    assert llm.generate(both, 6, mixed).tolist() == expected * 2
     assert llm.generate(rows[0], 6).tolist() == expected[:1]            # a batch of one, no mask
     assert llm.generate(x, 1, mask).tolist() == [ids[:1] for ids in expected]
     assert llm.generate(x, 0, mask).shape == (3, 0)

@@ -190,9 +190,9 @@ def test_memory_plan_counts_what_autograd_keeps(net):
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    x, mask, _ = net.inputs(batch)
+    x, _, _ = net.inputs(batch)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        net.llm(x, mask)
+        net.llm(x)
     weights = {p.untyped_storage().data_ptr() for p in net.parameters()}
     measured = sum(n for at, n in kept.items() if at not in weights)
     planned = plain * x.shape[:2].numel() * net.llm.config.n_layer
