@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from model import write_atomic
+from model import Beginning, write_atomic
 
 
 @dataclass(frozen=True)
@@ -135,6 +135,11 @@ class MultimodalLLM(nn.Module):
     official=False: rows hold real tokens only; padding up to the longest of the batch stands behind, where none looks.
     official=True: the text is padded on the left to the task's fixed length with an ordinary token, to which the LLM
     attends and which counts in the mean of the text embeddings, as in the release.
+
+    A row of MELD in LLaMA2's tokens, on average; in brackets the official one, always 145:
+
+        [bos] <Multimodal>  P1 P2 P3 P4  What a day!  </Multimodal>  Please recognize ... The emotion is  4
+        1 (2)       6            4         13 (65)           6                   57 (60)                  2
     """
 
     def __init__(self, llm, adapter: MSEAdapter, tokenizer, task, official: bool = False):
@@ -151,6 +156,7 @@ class MultimodalLLM(nn.Module):
         # Every part of a row is tokenised on its own.
         self.before = [tokenizer.token_id(name) for name in words.bos] + tokenizer.encode(words.open)
         self.after = tokenizer.encode(words.close) + tokenizer.encode(words.prompt)
+        self.beginning = Beginning(llm, self.before)
         self.label_text = words.label
         # What the release reads between two new tokens: see answer.
         self.read_next = {"": None, "placeholder": self._read_placeholder, "reread": self._reread}[words.decoding]
@@ -161,10 +167,6 @@ class MultimodalLLM(nn.Module):
         """The tokens of a row's text, cut at the task's length; in the release padded to it on the left."""
         ids = self.tokenizer.encode(text)[:self.task.text_len]
         return [self.pad_id] * (self.task.text_len - len(ids) if self.official else 0) + ids
-
-    def text_lengths(self, texts: list[str]) -> list[int]:
-        """Tokens of each text, to put rows of like length together."""
-        return [len(self.text_ids(text)) for text in texts]
 
     def inputs(self, batch, labels=None):
         """Embed the rows [bos] open P text close prompt (label). labels: token ids of each row's label, or None.
@@ -197,7 +199,8 @@ class MultimodalLLM(nn.Module):
         n = max(map(len, labels))
         target = torch.tensor([[-100] * (n - len(ids)) + ids for ids in labels], device=x.device)  # (B, n)
         at = lengths[:, None] - 1 - n + torch.arange(n, device=x.device)    # a position predicts the token after it
-        hidden = self.llm(x, recompute=recompute, at=at)                                          # (B, n, C)
+        past = self.beginning.length                                        # read already
+        hidden = self.llm(x[:, past:], cache=self.beginning, recompute=recompute, at=at - past)   # (B, n, C)
         loss = F.cross_entropy(self.llm.logits(hidden).flatten(0, 1), target.flatten(), reduction="none")
         return (loss.view_as(target).sum(1) / (target >= 0).sum(1)).mean()     # 0 where the target is -100
 
@@ -211,7 +214,7 @@ class MultimodalLLM(nn.Module):
         """
         x, lengths, _ = self.inputs(batch)
         mask = torch.arange(x.size(1), device=x.device) < lengths[:, None]                        # (B, S)
-        ids = self.llm.generate(x, self.answer_len, mask, self.eos_id, self.read_next).tolist()
+        ids = self.llm.generate(x, self.answer_len, mask, self.eos_id, self.read_next, self.beginning).tolist()
         ends = [row.index(self.eos_id) if self.eos_id in row else len(row) for row in ids]
         return [self.tokenizer.decode(row[:end]) for row, end in zip(ids, ends)]
 

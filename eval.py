@@ -28,8 +28,7 @@ import torch
 from tqdm import tqdm
 
 from adapter import MultimodalLLM, load_adapter
-from data import FEATURES, HERE, TASKS, Split, Task, clean, collate, epoch_rows, find_llm, load_split
-from data import load_tokenizer
+from data import FEATURES, HERE, TASKS, Split, Task, clean, collate, find_llm, load_split, load_tokenizer
 from model import KVCache, load_llm, write_atomic
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -305,9 +304,9 @@ def label_logprobs(net: MultimodalLLM, batch):
     nodes = dict.fromkeys(ids[:n] for n in range(net.answer_len) for ids in net.labels if n < len(ids))
     root, *nodes = nodes                                        # a node is the tokens that lead to it
     x, lengths, _ = net.inputs(batch)
-    (B, S, _), T, device = x.shape, len(nodes), x.device
-    cache = KVCache(net.llm.config, B, S + T, device, x.dtype)
-    hidden = net.llm(x, cache=cache, at=lengths[:, None] - 1)                                 # (B, 1, C)
+    (B, S, _), T, past, device = x.shape, len(nodes), net.beginning.length, x.device
+    cache = KVCache(net.llm.config, B, S + T, device, x.dtype, net.beginning)
+    hidden = net.llm(x[:, past:], cache=cache, at=lengths[:, None] - 1 - past)                # (B, 1, C)
     if nodes:
         row = torch.arange(S, device=device) < lengths[:, None]                               # (B, S)
         kin = torch.tensor([[a[:len(b)] == b for b in nodes] for a in nodes], device=device)  # a sees b
@@ -328,10 +327,11 @@ def label_logprobs(net: MultimodalLLM, batch):
 def evaluate(net: MultimodalLLM, split: Split, size: int, name: str = "", decode: str = "greedy",
              readout: str = "mean") -> Result:
     """Answer and score a split, `size` rows at a time."""
-    order = epoch_rows(len(split), size, lengths=net.text_lengths(split.text))
+    lengths = [len(net.tokenizer.encode(text)) for text in split.text]
+    order = sorted(range(len(split)), key=lengths.__getitem__)         # rows of like length need little padding
     outputs = [None] * len(split)
-    for rows in tqdm(order, name, leave=False, disable=None):
-        batch = collate(split, rows)
+    for start in tqdm(range(0, len(order), size), name, leave=False, disable=None):
+        batch = collate(split, rows := order[start:start + size])
         for row, output in zip(rows, net.answer(batch) if decode == "greedy" else label_logprobs(net, batch)):
             outputs[row] = output
     if decode == "greedy":

@@ -184,19 +184,41 @@ def apply_rope(x, rope, interleaved: bool):
 
 
 class KVCache:
-    """Keys and values of the positions already seen, allocated once for `max_len` of them."""
+    """Keys and values of the positions already seen, allocated once for `max_len` of them. It may start with those of a
+    beginning that all rows share."""
 
-    def __init__(self, config: Config, rows: int, max_len: int, device, dtype):
+    def __init__(self, config: Config, rows: int, max_len: int, device, dtype, beginning: "Beginning | None" = None):
         shape = (config.n_layer, rows, config.n_kv_head, max_len, config.head_dim)
         self.k, self.v = (torch.empty(shape, device=device, dtype=dtype) for _ in range(2))
-        self.length = 0                                                 # positions filled; LLM.forward moves it
+        self.length = 0                                                 # positions filled
+        if beginning is not None:
+            self.length = beginning.length
+            self.k[:, :, :, :self.length], self.v[:, :, :, :self.length] = beginning.k, beginning.v
 
     def append(self, layer: int, k, v):
         """Store the keys and values (B, K, T, D) of T new positions; return those of all S positions of this layer."""
         S = self.length + k.size(2)
         assert S <= self.k.size(3), f"cache of {self.k.size(3)} positions is full, {S} wanted"
         self.k[layer, :, :, self.length:S], self.v[layer, :, :, self.length:S] = k, v
+        self.length = S if layer == len(self.k) - 1 else self.length    # the last layer has them, too
         return self.k[layer, :, :, :S], self.v[layer, :, :, :S]
+
+
+class Beginning:
+    """Keys and values of a beginning that all rows share: computed once and never changed. Where LLM.forward takes a
+    cache it takes this, too, and rows then go on behind it; gradients flow, as nothing is stored."""
+
+    def __init__(self, llm: "LLM", ids: list[int]):
+        x = llm.embed(torch.tensor([ids], device=llm.embedding.weight.device))                    # (1, T, C)
+        cache, self.length = KVCache(llm.config, 1, len(ids), x.device, x.dtype), len(ids)
+        with torch.no_grad():
+            llm(x, cache=cache)
+        self.k, self.v = cache.k, cache.v                                                         # (layers, 1, K, T, D)
+
+    def append(self, layer: int, k, v):
+        """In front of the keys and values (B, K, T, D) of new positions those of the beginning: (B, K, S, D)."""
+        k0, v0 = (past[layer].expand(len(k), -1, -1, -1) for past in (self.k, self.v))
+        return torch.cat((k0, k), dim=2), torch.cat((v0, v), dim=2)
 
 
 class Attention(nn.Module):
@@ -255,10 +277,10 @@ class Recompute(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, block, rope, mask, at):
+    def forward(ctx, x, block, rope, mask, cache, layer, at):
         assert not any(p.requires_grad for p in block.parameters()), "Recompute is for frozen blocks only"
         ctx.save_for_backward(x)
-        ctx.run = lambda x: block(x, rope, mask, at=at)
+        ctx.run = lambda x: block(x, rope, mask, cache, layer, at)
         return ctx.run(x)                                   # autograd is off in here: nothing of the block is kept
 
     @staticmethod
@@ -267,7 +289,7 @@ class Recompute(torch.autograd.Function):
         x = x.detach().requires_grad_()
         with torch.enable_grad():
             y = ctx.run(x)
-        return torch.autograd.grad(y, x, grad)[0], None, None, None, None
+        return torch.autograd.grad(y, x, grad)[0], None, None, None, None, None, None
 
 
 class LLM(nn.Module):
@@ -293,7 +315,8 @@ class LLM(nn.Module):
         """Hidden states (..., C) -> scores of the next token (..., V) in fp32. Pass only the positions you need."""
         return F.linear(hidden, (self.embedding if self.config.tied_head else self.head).weight).float()
 
-    def forward(self, x, mask=None, positions=None, cache: KVCache | None = None, recompute: int = 0, at=None):
+    def forward(self, x, mask=None, positions=None, cache: KVCache | Beginning | None = None, recompute: int = 0,
+                at=None):
         """Embeddings (B, T, C) -> hidden states after the last norm, (B, T, C) or (B, n, C).
 
         mask: (B, S) bool, False where a row is padding; None when there is none. positions: (B, T), by default each
@@ -313,30 +336,31 @@ class LLM(nn.Module):
         for layer, block in enumerate(self.blocks):
             if layer == self.config.n_layer - 1 and at is not None:
                 sees, wanted = attention_mask(mask, past, T, x.device, at), at
-            if layer < recompute and torch.is_grad_enabled() and cache is None:
-                x = Recompute.apply(x, block, rope, sees, wanted)
+            if layer < recompute and torch.is_grad_enabled():
+                assert not isinstance(cache, KVCache), "a KVCache stores; what is recomputed would be stored twice"
+                x = Recompute.apply(x, block, rope, sees, cache, layer, wanted)
             else:
                 x = block(x, rope, sees, cache, layer, wanted)
-        if cache is not None:
-            cache.length += T
         return self.norm(x)
 
     @torch.no_grad()
-    def generate(self, x, max_new_tokens: int, mask=None, eos_id: int | None = None, read_next=None):
+    def generate(self, x, max_new_tokens: int, mask=None, eos_id: int | None = None, read_next=None,
+                 beginning: Beginning | None = None):
         """Greedy decoding from embeddings x (B, T, C), padded on either side where mask (B, T) is False.
 
         Returns the new tokens alone, (B, at most max_new_tokens). A row that has written `eos_id` goes on with it, and
         decoding ends when all rows have. read_next: a function of (x, new tokens) that gives what is read before the
-        next token, as embeddings and positions; by default the last new token.
+        next token, as embeddings and positions; by default the last new token. beginning: that of x, read already.
         """
         B, T, _ = x.shape
         row, positions, steps = x, None, max_new_tokens if read_next else 1
-        cache = KVCache(self.config, B, (T + max_new_tokens) * steps, x.device, x.dtype)
+        cache = KVCache(self.config, B, (T + max_new_tokens) * steps, x.device, x.dtype, beginning)
         done = torch.zeros(B, dtype=torch.bool, device=x.device)
         new = torch.empty(B, 0, dtype=torch.long, device=x.device)
         mask = torch.ones(B, T, dtype=torch.bool, device=x.device) if mask is None else mask
         at = (mask * torch.arange(T, device=x.device)).amax(dim=1, keepdim=True)         # each row's last token, (B, 1)
         sees = None if bool((mask[:, 1:] <= mask[:, :-1]).all()) else mask      # all padding behind: see forward
+        x, at = x[:, cache.length:], at - cache.length
         while new.size(1) < max_new_tokens and not (eos_id is not None and bool(done.all())):
             ids = self.logits(self(x, sees, positions, cache, at=at)[:, -1]).argmax(dim=-1)       # (B,)
             if eos_id is not None:

@@ -363,7 +363,7 @@ def fit(net: MultimodalLLM, train: Split, valid: Split, settings: Settings, seed
 
 def train_epoch(net, optimizer, scaler, train, settings, seed, recompute, progress, save):
     """The epoch's remaining steps. progress moves with them; save() is called every `save_minutes`."""
-    order = epoch_rows(len(train), settings.batch_size, seed, progress.epoch, net.text_lengths(train.text))
+    order = epoch_rows(len(train), settings.batch_size, seed, progress.epoch)
     total, micro = len(order) * settings.epochs, settings.micro_batch or settings.batch_size
     bar = tqdm(total=len(order), initial=progress.step, desc=f"epoch {progress.epoch + 1}", leave=False, disable=None)
     saved = time.time()
@@ -406,7 +406,7 @@ def tell(progress: Progress, result, valid: Split, settings: Settings):
     """One line for the epoch, and an alarm where something looks wrong."""
     now, before = progress.log[-1], progress.log[-2:-1]
     print(f"epoch {now['epoch']}/{settings.max_epochs}: loss {now['loss']:.4f}, valid {result.line()}, "
-          f"{now['seconds']:.0f} s{', best so far' if progress.best_epoch == now['epoch'] else ''}", flush=True)
+          f"{now['seconds']:.0f} s so far{', best yet' if progress.best_epoch == now['epoch'] else ''}", flush=True)
     if warning := collapsed(result, valid.label, TASKS[settings.data]):
         print(warning, flush=True)
     if before and now["valid_unparsed"] > before[0]["valid_unparsed"] + 0.01 * len(valid):
@@ -426,7 +426,9 @@ def publish(folder: Path, net: MultimodalLLM, best: dict, progress: Progress):
 
 def curves(log: list, metric: str, best_epoch: int) -> str:
     """Loss, learning rate and validation score by epoch as an SVG picture, legible on light and dark pages."""
-    panels = [("training loss", "loss"), ("learning rate", "learning_rate"), (f"valid {metric}", f"valid_{metric}")]
+    best = f", best: epoch {best_epoch}" if best_epoch else ""
+    panels = [("training loss", "loss"), ("learning rate at the epoch's end", "learning_rate"),
+              (f"valid {metric.replace('_', ' ')}{best}", f"valid_{metric}")]
     parts = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 200" font-family="sans-serif" font-size="12">',
              "<style>text{fill:#222}path{stroke:#06c;fill:none;stroke-width:2}circle{fill:#06c}.axis{stroke:#888}"
              ".best{stroke:#c50;stroke-dasharray:3}@media(prefers-color-scheme:dark){text{fill:#ddd}path{stroke:#6bf}"
@@ -439,7 +441,8 @@ def curves(log: list, metric: str, best_epoch: int) -> str:
                   for i, v in enumerate(values) if math.isfinite(v)]
         parts.append(f'<text x="{left}" y="20">{title}</text><path class="axis" d="M{left} 36V164H{left + 174}"/>')
         parts += [f'<text x="{left - 4}" y="{y}" text-anchor="end">{v:.3g}</text>' for y, v in ((44, high), (164, low))]
-        parts.append(f'<text x="{left}" y="182">epoch 1</text><text x="{left + 160}" y="182">{len(log) or ""}</text>')
+        parts.append(f'<text x="{left}" y="182">epoch 1</text><text x="{left + 174}" y="182" text-anchor="end">'
+                     f'{len(log) or ""}</text>')
         if best_epoch:
             x = left + 170 * (best_epoch - 1) / max(1, len(values) - 1)
             parts.append(f'<path class="best" d="M{x:.1f} 36V164"/>')

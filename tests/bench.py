@@ -6,7 +6,7 @@
     python tests/bench.py --shape 100m --scaling            cost by rows and tokens, memory by recomputed blocks
 
 Three ways train on as many rows and answer as many, in turn, so that a noisy machine hurts all alike:
-    default     this repository: real tokens only, rows of like length together, answers with --eval-batch rows
+    default     this repository: real tokens only; answers with --eval-batch rows of like length
     official    this repository, on the release's rows
     release     transformers, on the release's rows: padded to the fixed length, in random order, --batch rows at a time
                 also when answering, logits over the whole vocabulary at every position of a row (as its transformers
@@ -150,7 +150,11 @@ def compare(llm, tokenizer, task, args):
         """For each way so many rounds: the first ones of an epoch, or some from the whole range of lengths."""
         found = {}
         for name, net in ways.items():
-            order = epoch_rows(len(split), size, seed, lengths=net.text_lengths(split.text))
+            order = epoch_rows(len(split), size, seed)
+            if seed is None and name != "release":
+                lengths = [len(net.tokenizer.encode(text)) for text in split.text]
+                rows = sorted(range(len(split)), key=lengths.__getitem__)
+                order = [rows[i:i + size] for i in range(0, len(rows), size)]
             n = len(order) if seed is None else args.rounds
             picked = [order[int((i + 0.5) * n / args.rounds)] for i in range(args.rounds)]
             parts = [[rows[i:i + args.batch] for i in range(0, size, args.batch)] if name == "release" else [rows]

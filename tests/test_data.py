@@ -301,15 +301,6 @@ def test_order_is_a_function_of_seed_and_epoch():
     assert data.epoch_rows(7, 3, 1111, 2) == [[0, 3, 6], [4, 1, 5], [2]]             # for ever: a run can be repeated
     assert data.epoch_rows(7, 3, 1111, 2) != data.epoch_rows(7, 3, 1111, 3) != data.epoch_rows(7, 3, 2222, 3)
     assert data.epoch_rows(7, 3) == [[0, 1, 2], [3, 4, 5], [6]]
-    lengths = np.random.RandomState(1).randint(1, 60, size=2000).tolist()
-    assert data.epoch_rows(3, 2, lengths=[5, 1, 3]) == [[1, 2], [0]]
-    alike = data.epoch_rows(2000, 8, 1111, 2, lengths)
-    assert alike == data.epoch_rows(2000, 8, 1111, 2, lengths) != data.epoch_rows(2000, 8, 1111, 3, lengths)
-    assert sorted(sum(alike, [])) == list(range(2000)) and {len(rows) for rows in alike} == {8}
-    longest = [max(lengths[row] for row in rows) for rows in alike]
-    assert np.mean(longest) < np.mean(lengths) + 1.5 < np.mean([max(lengths[row] for row in rows) for rows in (
-        data.epoch_rows(2000, 8, 1111, 2))])
-    assert longest != sorted(longest) and abs(np.corrcoef(longest, range(250))[0, 1]) < 0.2     # batches in any order
     np.random.seed(0)
     before = np.random.get_state()[1].tolist()
     for n, size in ((1, 1), (5, 8), (6, 3), (1000, 16)):

@@ -9,7 +9,7 @@ from conftest import TINY, close, need_shared, published_tensors, recipe, tiny_t
 from safetensors.torch import load_file, save_file
 
 from data import load_tokenizer
-from model import LLM, MLP, Attention, Block, Config, KVCache, RMSNorm, apply_rope, load_llm, rope_table
+from model import LLM, MLP, Attention, Beginning, Block, Config, KVCache, RMSNorm, apply_rope, load_llm, rope_table
 
 FAMILIES = list(TINY)
 
@@ -208,15 +208,14 @@ def test_only_the_positions_wanted(tiny, family, masked):
     mask, every = mask if masked else None, torch.arange(9).expand(3, -1)
     whole = llm(x, mask)
     close(llm(x, mask, at=every), whole, 2e-5)
-    for recompute in (0, llm.config.n_layer):
-        for past in (0, 2):                                             # read at once, or behind two cached positions
-            x = x.detach().requires_grad_()
-            cache = KVCache(llm.config, 3, 9, "cpu", torch.float32) if past else None
-            if past:
-                llm(x[:, :past], mask if mask is None else mask[:, :past], cache=cache)
-            index = (at - past).clamp(min=0)
-            picked = llm(x[:, past:], mask, cache=cache, recompute=recompute, at=index)
-            close(picked, whole.take_along_dim((index + past)[..., None], dim=1), 2e-5)
+    for past in (0, 2):                                                 # read at once, or behind two cached positions
+        cache = KVCache(llm.config, 3, 9, "cpu", torch.float32)
+        if past:
+            llm(x[:, :past], mask if mask is None else mask[:, :past], cache=cache)
+        index = (at - past).clamp(min=0)
+        picked = llm(x[:, past:], mask, cache=cache, at=index)
+        close(picked, whole.take_along_dim((index + past)[..., None], dim=1), 2e-5)
+    x.requires_grad_()
     (expected,) = torch.autograd.grad(llm(x, mask).take_along_dim(at[..., None], dim=1).square().sum(), x)
     (found,) = torch.autograd.grad(llm(x, mask, at=at, recompute=llm.config.n_layer).square().sum(), x)
     close(found, expected, 2e-5)
@@ -236,6 +235,28 @@ def test_cached_equals_full(tiny, family, lengths, split):
     real = torch.ones(len(x), 9, dtype=torch.bool) if mask is None else mask
     close(torch.cat(hidden, dim=1)[real], llm(x, mask)[real])
     assert cache.length == 9
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_behind_a_beginning_equal_whole_rows(tiny, family):
+    llm, ids = tiny[family], [3, 1, 4]
+    beginning, before = Beginning(llm, ids), llm.embed(torch.tensor(ids))
+    rows, x, mask = padded(llm, [6, 1, 4], behind=True)
+    whole, at = torch.cat((before.expand(3, -1, -1), x), dim=1), torch.tensor([[5, 2], [0, 0], [3, 1]])
+    whole_mask = torch.cat((torch.ones(3, 3, dtype=torch.bool), mask), dim=1)
+    kept = beginning.k.clone()
+    close(llm(x, cache=beginning), llm(whole)[:, 3:], 2e-5)
+    close(llm(x, whole_mask, cache=beginning), llm(whole, whole_mask)[:, 3:], 2e-5)
+    x.requires_grad_()
+    target = recipe("target", (3, 2, llm.config.dim), 1.0)
+    whole = torch.cat((before.expand(3, -1, -1), x), dim=1)
+    (expected,) = torch.autograd.grad((llm(whole, at=at + 3) * target).sum(), x)
+    for recompute in (0, llm.config.n_layer):
+        (found,) = torch.autograd.grad((llm(x, cache=beginning, recompute=recompute, at=at) * target).sum(), x)
+        close(found, expected, 2e-5)
+    for n in (1, 6):
+        assert torch.equal(llm.generate(whole, n, whole_mask, beginning=beginning), llm.generate(whole, n, whole_mask))
+    assert torch.equal(beginning.k, kept) and beginning.length == 3                     # used often, never changed
 
 
 def slow_generate(llm, x, n):
