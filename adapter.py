@@ -132,7 +132,7 @@ class MSEAdapter(nn.Module):
 class MultimodalLLM(nn.Module):
     """A frozen LLM behind an adapter, for one task.
 
-    official=False: rows hold real tokens only; padding up to the longest of the batch stands behind, where none looks.
+    official=False: rows hold real tokens only; padding up to the longest of the batch comes after, where none looks.
     official=True: the text is padded on the left to the task's fixed length with an ordinary token, to which the LLM
     attends and which counts in the mean of the text embeddings, as in the release.
 
@@ -171,7 +171,7 @@ class MultimodalLLM(nn.Module):
     def inputs(self, batch, labels=None):
         """Embed the rows [bos] open P text close prompt (label). labels: token ids of each row's label, or None.
 
-        Returns x (B, S, C), the rows' lengths (B,), behind which stands padding, and the pseudo tokens (B, P, C).
+        Returns x (B, S, C), the rows' lengths (B,), after which comes padding, and the pseudo tokens (B, P, C).
         """
         device, B = self.llm.embedding.weight.device, len(batch.text)
         texts = [self.text_ids(text) for text in batch.text]
@@ -186,7 +186,8 @@ class MultimodalLLM(nn.Module):
         pseudo = self.adapter(mean, audio, batch.audio_len, video, batch.video_len)               # (B, P, C)
         before = self.llm.embed(torch.tensor(self.before, device=device)).expand(B, -1, -1)
         x = torch.cat((before, pseudo.to(x.dtype), x), dim=1)                                     # (B, S, C)
-        return x, torch.tensor([x.size(1) - longest + len(row) for row in rows], device=device), pseudo
+        lengths = [before.size(1) + pseudo.size(1) + len(row) for row in rows]
+        return x, torch.tensor(lengths, device=device), pseudo
 
     def pseudo_tokens(self, batch):
         """The pseudo tokens (B, P, C) of a batch."""
@@ -199,7 +200,7 @@ class MultimodalLLM(nn.Module):
         n = max(map(len, labels))
         target = torch.tensor([[-100] * (n - len(ids)) + ids for ids in labels], device=x.device)  # (B, n)
         at = lengths[:, None] - 1 - n + torch.arange(n, device=x.device)    # a position predicts the token after it
-        past = self.beginning.length                                        # read already
+        past = self.beginning.length                                        # read once, for all rows
         hidden = self.llm(x[:, past:], cache=self.beginning, recompute=recompute, at=at - past)   # (B, n, C)
         loss = F.cross_entropy(self.llm.logits(hidden).flatten(0, 1), target.flatten(), reduction="none")
         return (loss.view_as(target).sum(1) / (target >= 0).sum(1)).mean()     # 0 where the target is -100
@@ -208,9 +209,9 @@ class MultimodalLLM(nn.Module):
     def answer(self, batch) -> list[str]:
         """What the LLM writes after each row, greedily, up to the length of a label or its end token.
 
-        official=True repeats how the release's answers came about under transformers 4.36: with LLaMA2 a BOS, the
-        placeholder in front of what `generate` returned, was read before the first new token; ChatGLM3 read the whole
-        row and all new tokens again at each step, behind all that was cached already.
+        official=True repeats how the release's answers came about under transformers 4.36. Each step after the first
+        read, after all that was cached already, not one new token: LLaMA2 a BOS, the placeholder in front of what
+        `generate` returned, and all new tokens; ChatGLM3 the whole row and all new tokens.
         """
         x, lengths, _ = self.inputs(batch)
         mask = torch.arange(x.size(1), device=x.device) < lengths[:, None]                        # (B, S)

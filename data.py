@@ -7,7 +7,7 @@
     load_tokenizer             sentencepiece (LLaMA2, ChatGLM3) or byte-level BPE (Qwen)
     read_pickle                the published pickles, without ever running one
     find_data, find_llm, ...   files, also in the hub's cache and from the hub
-    load_split, batches        rows -> padded arrays
+    load_split, epoch_rows, collate     rows -> shuffled row numbers -> padded arrays
     check                      the first lines above; exit code 0: clean, 1: problems, 2: could not be read
 
 Shapes: N rows of a split, B of a batch, La / Lv frames, Da / Dv features of a frame.
@@ -187,7 +187,7 @@ PRESETS = {
 
 
 def preset(task: Task | str, family: str) -> Preset:
-    """The release's hyper-parameters. Where it has none: MOSI takes MOSEI's, qwen2 takes qwen's."""
+    """The release's hyper-parameters. Where it has none: MOSI takes MOSEI's, qwen2 qwen's, other families llama's."""
     name = {"mosi": "mosei"}.get(getattr(task, "name", task), getattr(task, "name", task))
     rows = PRESETS[name]
     return rows.get({"qwen2": "qwen"}.get(family, family)) or rows["llama"]

@@ -144,7 +144,7 @@ def mosei_metrics(pred, true) -> dict[str, float]:
 
     has0_*: pred >= 0 against true >= 0, all rows; non0_*: pred > 0 against true > 0, rows with true != 0;
     acc5, acc7: equal after clipping to [-2, 2], [-3, 3] and rounding half to even;
-    mae: mean |pred - true|, unclipped; corr: Pearson's r, unclipped.
+    mae: mean |pred - true|; corr: Pearson's r, both unclipped (but `score` clips answers before, unless official).
     """
     both = _intensities(pred, true)
     has0_acc2, has0_f1 = _accuracy_f1(*_bins(both, [0], closed="left"))

@@ -2,7 +2,7 @@
 
     Config     the sizes, read from the checkpoint's own config.json
     LLM        embeddings -> blocks of attention and SwiGLU -> norm -> output head; greedy decoding from embeddings
-    KVCache    the keys and values of the positions already seen
+    KVCache    the keys and values of the positions already seen; Beginning: of those that all rows share
     Recompute  gradient checkpointing, written by hand
     NAMES      our parameter names and each family's
     load_llm   safetensors -> device, tensor by tensor, strict both ways
@@ -205,8 +205,9 @@ class KVCache:
 
 
 class Beginning:
-    """Keys and values of a beginning that all rows share: computed once and never changed. Where LLM.forward takes a
-    cache it takes this, too, and rows then go on behind it; gradients flow, as nothing is stored."""
+    """Keys and values of a beginning that all rows share: computed once and never changed. Pass it to LLM.forward as
+    the cache, and the rows go on after it. Unlike a KVCache it stores nothing new, so gradients flow and blocks may
+    recompute."""
 
     def __init__(self, llm: "LLM", ids: list[int]):
         x = llm.embed(torch.tensor([ids], device=llm.embedding.weight.device))                    # (1, T, C)
@@ -238,9 +239,9 @@ class Attention(nn.Module):
             k, v = cache.append(layer, k, v)                                                      # (B, K, S, D)
         if c.n_kv_head < c.n_head:      # query head h reads key/value head h // (H/K): 0 0 0 1 1 1, not 0 1 0 1 0 1
             k, v = (t.repeat_interleave(c.n_head // c.n_kv_head, dim=1) for t in (k, v))          # (B, H, S, D)
-        # Without a mask: several new positions are a whole row (causal), a single one may look at all that is cached.
-        if at is not None:              # only the positions wanted ask, all answer
+        if at is not None:              # only the positions wanted ask, all answer; the mask is theirs
             q = q.take_along_dim(at[:, None, :, None], dim=2)                                     # (B, H, n, D)
+        # Without a mask: several new positions are a whole row (causal), a single one may look at all that is cached.
         h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1)
         return self.out(h.transpose(1, 2).flatten(2))                                             # (B, T or n, C)
 
@@ -353,7 +354,8 @@ class LLM(nn.Module):
         next token, as embeddings and positions; by default the last new token. beginning: that of x, read already.
         """
         B, T, _ = x.shape
-        row, positions, steps = x, None, max_new_tokens if read_next else 1
+        row, positions = x, None
+        steps = max_new_tokens if read_next else 1      # read_next may read row and new tokens again, each time anew
         cache = KVCache(self.config, B, (T + max_new_tokens) * steps, x.device, x.dtype, beginning)
         done = torch.zeros(B, dtype=torch.bool, device=x.device)
         new = torch.empty(B, 0, dtype=torch.long, device=x.device)

@@ -57,13 +57,13 @@ def setting(default, about: str):
 
 @dataclass
 class Settings:
-    """Everything that shapes a run. None: the release's value for this task and family (PRESETS in data.py)."""
+    """Everything that shapes a run. None: the release's value for this task and family (`preset` in data.py)."""
     data: str = setting("demo", "task: " + ", ".join(TASKS))
     data_dir: str | None = setting(None, "folder with the published files somewhere below")
     llm: str | None = setting(None, "backbone: a checkpoint folder or a hub name")
     out: str | None = setting(None, "folder of the runs, one subfolder per seed [runs/DATA-LLM]")
     seeds: list[int] = setting([1111], "train once for each; the paper's are 1111 2222 3333 4444 5555")
-    official: bool = setting(False, "repeat the release to the last digit, its quirks included")
+    official: bool = setting(False, "rows, losses and answers as in the release, quirks included")
 
     learning_rate: float | None = setting(None, "peak of the schedule")
     batch_size: int | None = setting(None, "rows per step")
