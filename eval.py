@@ -340,14 +340,25 @@ def evaluate(net: MultimodalLLM, split: Split, size: int, name: str = "", decode
 
 
 def collapsed(result: Result, labels: list, task: Task) -> str:
-    """A warning if one class makes up more than 95 % of the answers, with what that answer alone would score; or ""."""
-    value, count = Counter(result.values).most_common(1)[0]
-    if not task.labels or count <= 0.95 * len(labels):
+    """A warning if the answers hardly differ, with what their one value alone would score; or "".
+
+    Classes: one of them, or what does not parse, is more than 95 % of the answers. Intensities: the predictions'
+    standard deviation is below 5 % of the labels'.
+    """
+    if task.labels:
+        value, count = Counter(result.values).most_common(1)[0]
+        name = "unparsed" if value is None else task.labels[int(value)] if in_range(value, task) else value
+        hardly, constant = count > 0.95 * len(labels), -1 if value is None else value
+        found = f"{name!r} is {count} of {len(labels)} answers; that answer"
+    else:
+        spread, wanted, constant = result.pred.std(), np.std(labels), result.pred.mean()
+        hardly = spread < 0.05 * wanted
+        found = f"the predictions' standard deviation is {spread:.3g}, the labels' {wanted:.3g}; their mean"
+    if not hardly:
         return ""
-    constant = METRICS[task.name](np.full(len(labels), -1 if value is None else value), np.array(labels))
-    name = task.labels[int(value)] if value is not None and in_range(value, task) else value
-    return (f"looks collapsed: {name!r} is {count} of {len(labels)} answers; that answer alone scores "
-            + ", ".join(f"{key.replace('_', ' ')} {v:.4f}" for key, v in constant.items()))
+    alone = METRICS[task.name](np.full(len(labels), constant), np.array(labels))
+    return f"looks collapsed: {found} alone scores " + ", ".join(
+        f"{key.replace('_', ' ')} {v:.4f}" for key, v in alone.items())
 
 
 def side_by_side(results: dict[str, Result]) -> str:

@@ -359,7 +359,7 @@ class LLM(nn.Module):
         cache = KVCache(self.config, B, (T + max_new_tokens) * steps, x.device, x.dtype, beginning)
         done = torch.zeros(B, dtype=torch.bool, device=x.device)
         new = torch.empty(B, 0, dtype=torch.long, device=x.device)
-        mask = torch.ones(B, T, dtype=torch.bool, device=x.device) if mask is None else mask
+        mask = torch.ones(B, T, dtype=torch.bool, device=x.device) if mask is None else mask.bool()
         at = (mask * torch.arange(T, device=x.device)).amax(dim=1, keepdim=True)         # each row's last token, (B, 1)
         sees = None if bool((mask[:, 1:] <= mask[:, :-1]).all()) else mask      # all padding behind: see forward
         x, at = x[:, cache.length:], at - cache.length

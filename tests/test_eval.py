@@ -134,6 +134,21 @@ def test_a_line_says_why_a_score_is_undefined():
     assert "nan: predictions are constant" in eval.side_by_side(results)
 
 
+def test_a_collapse_is_said():
+    meld, mosei = TASKS["meld"], TASKS["mosei"]
+    labels = [0] * 5 + [1] * 45 + [2] * 50
+    said = eval.collapsed(score(["5"] * 96 + ["0"] * 4, labels, meld), labels, meld)
+    assert said.startswith("looks collapsed: 'disgust' is 96 of 100 answers; that answer alone scores accuracy 0.0000,")
+    assert "'unparsed' is 100 of 100" in eval.collapsed(score(["joy"] * 100, labels, meld), labels, meld)
+    assert "9.0 is 100 of 100" in eval.collapsed(score(["9"] * 100, labels, meld), labels, meld)
+    assert eval.collapsed(score(["5"] * 95 + ["0"] * 5, labels, meld), labels, meld) == ""
+    truth = [-2.0, -1.0, 0.0, 1.0, 2.0]
+    said = eval.collapsed(score(["0.4", "0.4", "0.4", "0.4", "0.5"], truth, mosei), truth, mosei)
+    assert said.startswith("looks collapsed: the predictions' standard deviation is 0.04, the labels' 1.41; their mean")
+    assert "mae 1.2840, corr nan" in said
+    assert eval.collapsed(score(["0.0", "0.1", "0.2", "0.3", "0.4"], truth, mosei), truth, mosei) == ""
+
+
 def test_results_on_disk(tmp_path):
     task = TASKS["meld"]
     split = replace(rows(task), text=['=1, "quoted"', "two\nlines", "好吧", ""], label=[0, 1, 1, 6])

@@ -20,7 +20,8 @@ sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
 from adapter import AdapterConfig, MSEAdapter, MultimodalLLM  # noqa: E402
-from data import TASKS, collate, load_split, load_tokenizer, read_pickle  # noqa: E402
+from data import TASKS, Split, collate, load_split, load_tokenizer, read_pickle  # noqa: E402
+from eval import score  # noqa: E402
 from model import load_llm  # noqa: E402
 
 
@@ -204,6 +205,37 @@ def test_features_of_another_width_are_refused(net):
     batch = collate(split, [0, 1])
     with pytest.raises(ValueError, match="the audio has 7 features in a frame, the adapter was made for 6"):
         net.loss(batch._replace(audio=torch.zeros(2, 3, 7)))
+
+
+def test_alarms_of_an_epoch(capsys):
+    task, settings = TASKS["demo"], train.parse_settings([])
+    valid = Split(*[["x"] * 100] * 5, [0, 1, 2, 3] * 25, ["1"] * 100)
+    progress = train.Progress()
+    for epoch, answers in enumerate((["0", "1"] * 50, ["0"] * 98 + [""] * 2, ["0"] * 97 + [""] * 3), 1):
+        result = score(answers, valid.label, task)
+        progress.log.append({"epoch": epoch, "loss": 1.0, "valid_unparsed": result.unparsed, "seconds": 9.0})
+        train.tell(progress, result, valid, settings)
+    first, second, collapsed, unparsed, third, again = capsys.readouterr().out.splitlines()
+    assert first.startswith("epoch 1/") and second.startswith("epoch 2/") and third.startswith("epoch 3/")
+    assert collapsed.startswith("looks collapsed: 'joy' is 98 of 100") and again.startswith("looks collapsed")
+    assert unparsed == "more answers do not parse: 0 before, 2 now"
+
+
+def test_the_table_of_seeds(tmp_path, capsys):
+    rows = [(1111, .60, .58, 3), (2222, .64, .61, 0), (3333, .62, .60, 1)]
+    records = [{"seed": seed, "family": "qwen2", "data": "meld", "test_accuracy": accuracy, "test_weighted_f1": f1,
+                "test_rows": 2610, "test_unparsed": unparsed, "line": "", "sha256": {}}
+               for seed, accuracy, f1, unparsed in rows]
+    train.summarize(records, tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    table = {line.split()[0]: [float(x) for x in line.split()[1:]] for line in lines[1:7]}
+    assert lines[0].split() == ["seed", "accuracy", "weighted_f1", "unparsed"] and table["2222"] == [.64, .61, 0]
+    assert table["mean"][0] == pytest.approx(.62) and table["std"][0] == pytest.approx(.02)
+    assert table["worst"] == [.60, .58, 3]                              # more unparsed is worse
+    assert "the release recorded 0.6218 +- 0.0132 with its qwen backbone; here 0.6200, -0.1 of its" in lines[7]
+    with open(tmp_path / "results.csv") as file:
+        assert [(int(row["seed"]), float(row["test_accuracy"])) for row in csv.DictReader(file)] == [
+            (seed, accuracy) for seed, accuracy, _, _ in rows]
 
 
 def test_curves_are_well_formed():
