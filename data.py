@@ -540,9 +540,8 @@ class PickleMachine:
                     push(str(self.take(n), "utf-8"))
                 case b"C" | b"B" | b"\x8e" | b"\x96":  # up to 255 bytes (copied), more, a bytearray (views of the file)
                     push(bytes(self.take(n)) if op == b"C" else self.take(n))
-                case b"R":
+                case b"R":  # call a function, which can only be one of NAMES: nothing else brings one here
                     function, args = self.pop(2)
-                    # A function can only be one of NAMES: nothing else brings one here.
                     self.need(type(function) is FunctionType and type(args) is tuple, "calls what is not a name")
                     push(function(self, *args))
                 case b"b":
