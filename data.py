@@ -49,7 +49,7 @@ class Family:
     bos: tuple                      # in front of each row
     official_bos: tuple             # the same in the release
     eos: str
-    pad: str                        # fills a row on the left; in the release an ordinary token
+    pad: str                        # fills up a row; in the release, on the text's left, an ordinary token
     lead: dict = field(default_factory=lambda: {"en": "", "zh": ""})    # stands before the open tag
     reply: str = "Assistant"        # who answers, in an English prompt
     plus: str = "+"                 # sign of the upper end of a range in a prompt

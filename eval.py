@@ -324,14 +324,19 @@ def label_logprobs(net: MultimodalLLM, batch):
     return scores.log_softmax(dim=-1)
 
 
+def rows_by_length(net: MultimodalLLM, split: Split, size: int) -> list:
+    """Row numbers of each batch, sorted by the tokens of their texts: rows of like length need little padding."""
+    lengths = [len(net.tokenizer.encode(text)) for text in split.text]
+    order = sorted(range(len(split)), key=lengths.__getitem__)
+    return [order[i:i + size] for i in range(0, len(order), size)]
+
+
 def evaluate(net: MultimodalLLM, split: Split, size: int, name: str = "", decode: str = "greedy",
              readout: str = "mean") -> Result:
     """Answer and score a split, `size` rows at a time."""
-    lengths = [len(net.tokenizer.encode(text)) for text in split.text]
-    order = sorted(range(len(split)), key=lengths.__getitem__)         # rows of like length need little padding
     outputs = [None] * len(split)
-    for start in tqdm(range(0, len(order), size), name, leave=False, disable=None):
-        batch = collate(split, rows := order[start:start + size])
+    for rows in tqdm(rows_by_length(net, split, size), name, leave=False, disable=None):
+        batch = collate(split, rows)
         for row, output in zip(rows, net.answer(batch) if decode == "greedy" else label_logprobs(net, batch)):
             outputs[row] = output
     if decode == "greedy":

@@ -191,20 +191,26 @@ def check_finite(loss, net: MultimodalLLM, parts: list):
                      "try a smaller --learning-rate or --dtype float32")
 
 
-def activation_bytes(llm) -> tuple[int, int]:
-    """Bytes per token that a block keeps for backward: (as it is, with recomputation). Measured on one short row."""
-    tokens, weight, kept = 64, llm.embedding.weight, {}
+def kept_bytes(module, run) -> int:
+    """Bytes that autograd keeps for the backward of what `run()` returns, the module's own weights aside."""
+    kept = {}
 
     def keep(tensor):
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        _ = run()                                   # while it lives, so does what is kept
+    weights = {p.untyped_storage().data_ptr() for p in module.parameters()}
+    return sum(n for at, n in kept.items() if at not in weights)
+
+
+def activation_bytes(llm) -> tuple[int, int]:
+    """Bytes per token that a block keeps for backward: (as it is, with recomputation). Measured on one short row."""
+    tokens, weight, block = 64, llm.embedding.weight, llm.blocks[0]
     x = torch.ones(1, tokens, llm.config.dim, dtype=weight.dtype, device=weight.device).requires_grad_()
     rope = rope_table(torch.arange(tokens, device=weight.device)[None], llm.config)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        _ = llm.blocks[0](x, rope)
-    weights = {p.untyped_storage().data_ptr() for p in llm.blocks[0].parameters()}
-    return sum(n for at, n in kept.items() if at not in weights) // tokens, llm.config.dim * weight.element_size()
+    return kept_bytes(block, lambda: block(x, rope)) // tokens, llm.config.dim * weight.element_size()
 
 
 def free_bytes(device: str) -> int:

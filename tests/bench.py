@@ -17,6 +17,7 @@ backward to the activations 2), 6 with recomputation, 2 when answering.
 import argparse
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,8 +28,9 @@ sys.path.insert(0, str(ROOT))
 
 from adapter import AdapterConfig, MSEAdapter, MultimodalLLM  # noqa: E402
 from data import HERE, TASKS, collate, epoch_rows, load_split, load_tokenizer, preset  # noqa: E402
+from eval import rows_by_length  # noqa: E402
 from model import LLM, NAMES, Config, _sources, load_llm  # noqa: E402
-from train import peak_bytes, train_step  # noqa: E402
+from train import kept_bytes, peak_bytes, train_step  # noqa: E402
 
 SHAPES = {      # layers, width, heads, MLP, vocabulary; all as a LLaMA, whose work is theirs
     "100m": (12, 768, 12, 2048, 32000), "llama2-7b": (32, 4096, 32, 11008, 32000),
@@ -150,11 +152,8 @@ def compare(llm, tokenizer, task, args):
         """For each way so many rounds: the first ones of an epoch, or some from the whole range of lengths."""
         found = {}
         for name, net in ways.items():
-            order = epoch_rows(len(split), size, seed)
-            if seed is None and name != "release":
-                lengths = [len(net.tokenizer.encode(text)) for text in split.text]
-                rows = sorted(range(len(split)), key=lengths.__getitem__)
-                order = [rows[i:i + size] for i in range(0, len(rows), size)]
+            ours = seed is None and name != "release"
+            order = rows_by_length(net, split, size) if ours else epoch_rows(len(split), size, seed)
             n = len(order) if seed is None else args.rounds
             picked = [order[int((i + 0.5) * n / args.rounds)] for i in range(args.rounds)]
             parts = [[rows[i:i + args.batch] for i in range(0, size, args.batch)] if name == "release" else [rows]
@@ -198,23 +197,10 @@ def scaling(llm, device: str):
         print(f"{rows:4} " + "".join(f"{1e6 * seconds(rows, n) / rows / n:13.1f}" for n in sizes))
     print("8 rows of 200 tokens\nrecomputed blocks   kept for backward   forward and backward")
     layers = llm.config.n_layer
+    x = torch.zeros(8, 200, llm.config.dim, dtype=llm.embedding.weight.dtype, device=device).requires_grad_()
     for k in sorted({0, layers // 4, layers // 2, 3 * layers // 4, layers}):
-        print(f"{k:17} {kept_bytes(llm, 8, 200, k, device) / 2**20:15.0f} MiB {seconds(8, 200, k):20.2f} s")
-
-
-def kept_bytes(llm, rows: int, tokens: int, recompute: int, device: str) -> int:
-    """Bytes that autograd keeps for backward, the weights aside."""
-    kept = {}
-
-    def keep(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    x = torch.zeros(rows, tokens, llm.config.dim, dtype=llm.embedding.weight.dtype, device=device).requires_grad_()
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        _ = llm(x, recompute=recompute)
-    weights = {p.untyped_storage().data_ptr() for p in llm.parameters()}
-    return sum(tensor.untyped_storage().nbytes() for at, tensor in kept.items() if at not in weights)
+        kept = kept_bytes(llm, partial(llm, x, recompute=k))
+        print(f"{k:17} {kept / 2**20:15.0f} MiB {seconds(8, 200, k):20.2f} s")
 
 
 def load(folder, device: str, dtype) -> LLM:

@@ -23,7 +23,7 @@ import model  # noqa: E402
 import train  # noqa: E402
 from test_adapter import COUNTS  # noqa: E402
 from test_train import small_data  # noqa: E402
-from tweaks import CODE, TWEAKS, edit  # noqa: E402
+from tweaks import CODE, TWEAKS, copy, edit  # noqa: E402
 
 NAMES = ("README.md", "README.zh.md")
 OUTPUT = re.compile(r"(?<=```\n)demo: .*?(?=```)", re.DOTALL)           # the one-minute run's, in a page
@@ -144,9 +144,7 @@ def test_the_chinese_page_says_the_same(english):
 def refresh():
     """Run the demo as the page says, in a copy without anything else, and paste what it prints."""
     with tempfile.TemporaryDirectory() as folder:
-        for name in CODE:
-            shutil.copy(ROOT / name, folder)
-        shutil.copytree(ROOT / "demo", Path(folder, "demo"))
+        copy(folder)
         output = subprocess.run([sys.executable, "train.py"], cwd=folder, check=True, capture_output=True, text=True)
     for name in NAMES:
         page = (ROOT / name).read_text(encoding="utf-8")

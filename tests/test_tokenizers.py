@@ -13,6 +13,7 @@ import pytest
 import sentencepiece
 import tiktoken
 import tokenizers
+from conftest import need_shared
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from data import CHATGLM3_SPECIALS, QWEN_SPECIALS, ByteBPE, SentencePiece, load_tokenizer
@@ -22,7 +23,6 @@ QWEN_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-SHARED = Path(__file__).parent / "../../shared"
 SENTENCEPIECE = {"llama2": "tokenizers/llama2", "chatglm3": "tokenizers/chatglm3", "stories": "weights/stories260K"}
 EDGES = [
     *("", " ", "  ", "\n", " \n ", "\r\n\r\n", "a  \n\n  b", "x   ", "   x", "\t\tx", " !\n a", "_a_b __c"),
@@ -52,15 +52,9 @@ def random_strings(count: int, seed: int = 0) -> list[str]:
     return ["".join(run() for _ in range(rng.randint(1, 8))) for _ in range(count)]
 
 
-def shared(path: str) -> Path:
-    if not (SHARED / path).exists():
-        pytest.skip(f"needs ../shared/{path}, which is not part of the project")
-    return SHARED / path
-
-
 @cache
 def meld_texts() -> list[str]:
-    files = [shared(f"data/MELD/meld_{split}.pkl") for split in ("train", "valid", "test")]
+    files = [need_shared(f"data/MELD/meld_{split}.pkl") for split in ("train", "valid", "test")]
     texts = [row["features"]["text"] for file in files for row in pickle.loads(file.read_bytes())]
     assert len(texts) == 13708
     return texts
@@ -196,7 +190,7 @@ def test_surrogates_as_in_tiktoken(toy):
 @pytest.mark.parametrize("name", ["toy", "tokenizers/qwen"])
 def test_time_is_near_linear(toy, name):
     """A fraction of a second for each; minutes if a step were quadratic."""
-    mine = load_tokenizer(toy[0] / "files" if name == "toy" else shared(name))
+    mine = load_tokenizer(toy[0] / "files" if name == "toy" else need_shared(name))
     texts = [kind * 100_000 for kind in ("a", " ")] + [" " * 100_000 + "x"]
     texts += [(__doc__ + "中文，标点。 don't 12345 😀\n\n   ") * 9000]
     assert len(texts[-1].encode()) > 1_000_000
@@ -284,7 +278,7 @@ def test_refuses_a_file_cut_short(toy, tmp_path):
 
 
 def test_refuses_a_sentencepiece_model_cut_short(tmp_path):
-    whole = shared("weights/stories260K/tokenizer.model").read_bytes()
+    whole = need_shared("weights/stories260K/tokenizer.model").read_bytes()
     for size in (10, len(whole) // 2, len(whole) - 1):
         (tmp_path / "tokenizer.model").write_bytes(whole[:size])
         with pytest.raises(ValueError, match=r"tokenizer.model is cut short or of another kind .*: download it again"):
@@ -316,7 +310,7 @@ def test_refuses_other_tokenizers_by_name(toy, tmp_path, change, message):
 
 @pytest.mark.parametrize("name", SENTENCEPIECE)
 def test_sentencepiece_files(name):
-    folder = shared(SENTENCEPIECE[name])
+    folder = need_shared(SENTENCEPIECE[name])
     mine = load_tokenizer(folder)
     reference = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     assert isinstance(mine, SentencePiece)
@@ -333,11 +327,11 @@ def test_sentencepiece_files(name):
 
 
 def test_chatglm3_specials():
-    mine = load_tokenizer(shared("tokenizers/chatglm3"))
+    mine = load_tokenizer(need_shared("tokenizers/chatglm3"))
     assert [mine.token_id(t) for t in CHATGLM3_SPECIALS] == list(range(64789, 64798))
     assert (mine.token_id("[gMASK]"), mine.token_id("sop"), mine.size) == (64790, 64792, 64798)
     assert mine.decode([64790, 64792, *mine.encode("你好 sop"), 64795, 65023]) == "你好 sop"
-    llama = load_tokenizer(shared("tokenizers/llama2"))
+    llama = load_tokenizer(need_shared("tokenizers/llama2"))
     assert llama.size == 32000
     with pytest.raises(ValueError, match="gMASK"):
         llama.token_id("[gMASK]")
@@ -345,7 +339,7 @@ def test_chatglm3_specials():
 
 @pytest.fixture(scope="module")
 def qwen():
-    file = shared("tokenizers/qwen/qwen.tiktoken")
+    file = need_shared("tokenizers/qwen/qwen.tiktoken")
     mine = load_tokenizer(file.parent)
     ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, file.read_bytes().splitlines())}
     special = {name: 151643 + i for i, name in enumerate(QWEN_SPECIALS)}
@@ -393,8 +387,8 @@ def test_qwen_ranks_as_pairs_give_the_same_ids(qwen):
     "llama2-meld-a", "llama2-mosei-a", "qwen-meld-a", "qwen-simsv2-a", "chatglm3-cherma-a", "chatglm3-mosei-a"
 ])  # fmt: skip
 def test_golden_token_ids(name):
-    golden = json.loads(shared(f"golden/{name}.json").read_text(encoding="utf-8"))
-    mine = load_tokenizer(shared(f"tokenizers/{golden['family']}"))
+    golden = json.loads(need_shared(f"golden/{name}.json").read_text(encoding="utf-8"))
+    mine = load_tokenizer(need_shared(f"tokenizers/{golden['family']}"))
     prefix = {"llama2": ["<s>"], "chatglm3": ["[gMASK]", "sop"], "qwen": []}[golden["family"]]
     bos = {"llama2": ["<s>"], "chatglm3": [], "qwen": ["<|im_start|>"]}[golden["family"]]
     assert [mine.token_id(t) for t in bos] == golden["bos_ids"]
@@ -404,7 +398,7 @@ def test_golden_token_ids(name):
     assert mine.encode(golden["task_prompt"]) == golden["task_prompt_ids"]
     assert [mine.decode(ids) for ids in golden["generated_ids"]] == golden["generated_text"]
     safetensors = pytest.importorskip("safetensors.numpy")
-    arrays = safetensors.load_file(shared(f"golden/{name}.safetensors"))
+    arrays = safetensors.load_file(need_shared(f"golden/{name}.safetensors"))
     pad = mine.token_id("<|endoftext|>" if golden["family"] == "qwen" else "<unk>")
     for text, row in zip(golden["texts"], arrays["text_ids"].tolist(), strict=True):
         ids = mine.encode(text)

@@ -56,6 +56,13 @@ TWEAKS = {
 }
 
 
+def copy(folder):
+    """Copy the code and the demo to a folder."""
+    for name in CODE:
+        shutil.copy(ROOT / name, folder)
+    shutil.copytree(ROOT / "demo", Path(folder, "demo"))
+
+
 def edit(folder, tweak: list):
     """Apply a tweak's edits to the code in a folder."""
     for file, old, new in (part for part in tweak if isinstance(part, tuple)):
@@ -67,9 +74,7 @@ def edit(folder, tweak: list):
 def measure(tweak: list) -> list[float]:
     """The demo's test accuracy with a tweak, a number per seed."""
     with tempfile.TemporaryDirectory() as folder:
-        for name in CODE:
-            shutil.copy(ROOT / name, folder)
-        shutil.copytree(ROOT / "demo", Path(folder, "demo"))
+        copy(folder)
         edit(folder, tweak)
         flags = [part for part in tweak if isinstance(part, str)]
         run = [sys.executable, "train.py", "--device", "cpu", "--out", "runs", "--seeds", *SEEDS, *flags]
