@@ -222,6 +222,25 @@ class Beginning:
         return torch.cat((k0, k), dim=2), torch.cat((v0, v), dim=2)
 
 
+def causal_attention(q, k, v, whole: bool, step: int = 32):
+    """Queries (B, H, T, D) of the last T of S positions look at keys and values (B, H, S, D) up to their own position.
+
+    Two ways to spare the hidden half. whole: torch's causal kernels for a GPU skip it, but want as many queries as
+    keys; those of the earlier positions are zeros and ask in vain. Otherwise: torch on a CPU computes what is hidden,
+    too, so `step` queries ask at a time, and no keys behind the last of them are there.
+    """
+    T, S = q.size(2), k.size(2)
+    if whole and T > 1:
+        return F.scaled_dot_product_attention(F.pad(q, (0, 0, S - T, 0)), k, v, is_causal=True)[:, :, S - T:]
+    slices = []
+    for start in range(0, T, step):
+        ask = q[:, :, start:start + step]                                                         # (B, H, n, D)
+        n, end = ask.size(2), S - T + start + ask.size(2)
+        sees = torch.ones(n, end, dtype=torch.bool, device=q.device).tril(end - n)
+        slices.append(F.scaled_dot_product_attention(ask, k[:, :, :end], v[:, :, :end], attn_mask=sees))
+    return torch.cat(slices, dim=2)                                                               # (B, H, T, D)
+
+
 class Attention(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
@@ -241,8 +260,10 @@ class Attention(nn.Module):
             k, v = (t.repeat_interleave(c.n_head // c.n_kv_head, dim=1) for t in (k, v))          # (B, H, S, D)
         if at is not None:              # only the positions wanted ask, all answer; the mask is theirs
             q = q.take_along_dim(at[:, None, :, None], dim=2)                                     # (B, H, n, D)
-        # Without a mask: several new positions are a whole row (causal), a single one may look at all that is cached.
-        h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1)
+        if mask is None:
+            h = causal_attention(q, k, v, whole=x.is_cuda)
+        else:
+            h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.out(h.transpose(1, 2).flatten(2))                                             # (B, T or n, C)
 
 
@@ -254,7 +275,8 @@ class MLP(nn.Module):
 
     def forward(self, x):
         gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+        h = F.silu(gate)
+        return self.down(h * up if torch.is_grad_enabled() else h.mul_(up))     # in place where no backward wants h
 
 
 class Block(nn.Module):
@@ -381,8 +403,8 @@ def attention_mask(mask, past: int, T: int, device, at=None):
     """
     if mask is not None and mask.dim() == 4:
         return mask
-    if mask is None and at is None and (T == 1 or past == 0):
-        return None                                         # a whole row, or one token that may look at everything
+    if mask is None and at is None:
+        return None
     key = torch.arange(past + T, device=device)                                                   # (S,)
     query = (key[None, past:] if at is None else past + at)[..., None]                            # (B or 1, T or n, 1)
     if mask is None:

@@ -85,7 +85,7 @@ class Settings:
     readout: str = setting("mean", "an intensity under --decode labels: " + ", ".join(READOUT))
     micro_batch: int = setting(0, "rows at a time within a step, to save memory; 0: all")
     recompute: str = setting("auto", "blocks that recompute their activations in backward: auto, on, off or a number")
-    eval_batch: int = setting(64, "rows at a time when answering")
+    eval_batch: int = setting(32, "rows at a time when answering")
     device: str = setting("auto", "cpu, cuda, cuda:1, ...; auto takes a GPU if there is one")
     dtype: str = setting("auto", "of the backbone: float32, bfloat16, float16; auto: bfloat16 on a GPU that has it")
     save_minutes: float = setting(10.0, "save the state so often within an epoch")

@@ -30,7 +30,7 @@ from adapter import AdapterConfig, MSEAdapter, MultimodalLLM  # noqa: E402
 from data import HERE, TASKS, collate, epoch_rows, load_split, load_tokenizer, preset  # noqa: E402
 from eval import rows_by_length  # noqa: E402
 from model import LLM, NAMES, Config, _sources, load_llm  # noqa: E402
-from train import kept_bytes, peak_bytes, train_step  # noqa: E402
+from train import Settings, kept_bytes, peak_bytes, train_step  # noqa: E402
 
 SHAPES = {      # layers, width, heads, MLP, vocabulary; all as a LLaMA, whose work is theirs
     "100m": (12, 768, 12, 2048, 32000), "llama2-7b": (32, 4096, 32, 11008, 32000),
@@ -226,7 +226,8 @@ def parse():
     parser.add_argument("--data", default="meld", choices=TASKS)
     parser.add_argument("--data-dir", help="folder with the published files [the task's]")
     parser.add_argument("--batch", type=int, default=16, help="rows of a training step [16]")
-    parser.add_argument("--eval-batch", type=int, default=64, help="rows when answering, in our ways [64]")
+    parser.add_argument("--eval-batch", type=int, default=Settings.eval_batch,
+                        help=f"rows when answering, in our ways [{Settings.eval_batch}]")
     parser.add_argument("--rounds", type=int, default=10, help="training steps, and batches of --eval-batch [10]")
     parser.add_argument("--recompute", type=int, default=0, help="blocks that recompute, in our ways")
     parser.add_argument("--device", default="cpu")

@@ -9,7 +9,8 @@ from conftest import TINY, close, need_shared, published_tensors, recipe, tiny_t
 from safetensors.torch import load_file, save_file
 
 from data import load_tokenizer
-from model import LLM, MLP, Attention, Beginning, Block, Config, KVCache, RMSNorm, apply_rope, load_llm, rope_table
+from model import LLM, MLP, Attention, Beginning, Block, Config, KVCache, RMSNorm
+from model import apply_rope, causal_attention, load_llm, rope_table
 
 FAMILIES = list(TINY)
 
@@ -140,9 +141,29 @@ def test_attention_reads_grouped_heads(interleaved):
     close(ours, out(slow_attention(q, k, v, 6, c.rope_theta, 4, interleaved)))
 
 
+@pytest.mark.parametrize("way", [dict(whole=True), dict(whole=False, step=4), dict(whole=False)], ids=str)
+@pytest.mark.parametrize("past, T", [(0, 1), (0, 9), (3, 1), (3, 4), (3, 9), (5, 70)])
+def test_causal_attention_and_its_gradients(past, T, way):
+    """A GPU's way and a CPU's, with slices that end within the row, at its end, and alone."""
+    sizes = {"q": T, "k": past + T, "v": past + T}
+    ours = [recipe(f"causal.{name}", (2, 3, n, 6), 1.0).requires_grad_() for name, n in sizes.items()]
+    h = causal_attention(*ours, **way)
+    theirs = [x.detach().double().requires_grad_() for x in ours]
+    before = torch.zeros(past, 6, dtype=torch.double)                   # their results are not asked for
+    expected = torch.stack([slow_head(torch.cat((before, q)), k, v)[past:] for q, k, v in zip(
+        *(x.flatten(0, 1) for x in theirs))]).view_as(h)
+    close(h, expected)
+    weight = recipe("causal.weight", h.shape, 1.0)
+    for a, b in zip(torch.autograd.grad(h, ours, weight), torch.autograd.grad(expected, theirs, weight.double())):
+        close(a, b)
+
+
 def test_mlp():
     mlp, x = filled(MLP(config())), recipe("mlp.x", (3, 20), 1.0)
-    close(mlp(x), slow_mlp(x, *mlp.gate_up.weight.split(14), mlp.down.weight))
+    expected = slow_mlp(x, *mlp.gate_up.weight.split(14), mlp.down.weight)
+    close(mlp(x), expected)
+    with torch.no_grad():               # another way to the same numbers, in less memory
+        close(mlp(x), expected)
 
 
 def test_block_has_two_residuals():
