@@ -222,7 +222,7 @@ class Beginning:
         return torch.cat((k0, k), dim=2), torch.cat((v0, v), dim=2)
 
 
-def causal_attention(q, k, v, whole: bool, step: int = 32):
+def causal_attention(q, k, v, whole: bool, step: int = 64):
     """Queries (B, H, T, D) of the last T of S positions look at keys and values (B, H, S, D) up to their own position.
 
     Two ways to spare the hidden half. whole: torch's causal kernels for a GPU skip it, but want as many queries as
