@@ -29,12 +29,10 @@ TWEAKS = {
         ("adapter.py", "return self.spread(h[..., None]).transpose(1, 2)",
          "return torch.cat([self.spread(h[:, i, :, None])[..., i::2].transpose(1, 2) for i in (0, 1)], dim=1)")],
     "mean over frames": [
-        ("adapter.py", "h = self.rnn(packed)[1][0][0]",
-         "h = nn.utils.rnn.pad_packed_sequence(self.rnn(packed)[0], batch_first=True)[0].sum(1) "
-         "/ lengths.clamp(min=1)[:, None]")],
-    "GRU": [
-        ("adapter.py", "self.rnn = nn.LSTM(", "self.rnn = nn.GRU("),
-        ("adapter.py", "self.rnn(packed)[1][0][0]", "self.rnn(packed)[1][0]")],
+        ("adapter.py", "h = states.take_along_dim(lengths.clamp(min=1)[:, None, None] - 1, dim=1)[:, 0]",
+         "real = torch.arange(x.size(1)) < lengths[:, None]\n"
+         "        h = (states * real[..., None]).sum(1) / lengths.clamp(min=1)[:, None]")],
+    "GRU": [("adapter.py", "self.rnn = nn.LSTM(", "self.rnn = nn.GRU(")],
     "guided by the LLM's reading": [
         ("adapter.py", "mean = (x[:, :is_text.size(1)].float()", "mean = (self.llm(x[:, :is_text.size(1)]).float()")],
     "prompt first": [
