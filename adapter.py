@@ -167,26 +167,30 @@ class MultimodalLLM(nn.Module):
         ids = self.tokenizer.encode(text)[:self.task.text_len]
         return [self.pad_id] * (self.task.text_len - len(ids) if self.official else 0) + ids
 
+    def put(self, data):
+        """A tensor or nested lists of numbers -> a tensor on the LLM's device; a GPU's work goes on meanwhile."""
+        tensor, device = torch.as_tensor(data), self.llm.embedding.weight.device
+        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
     def inputs(self, batch, labels=None):
         """Embed the rows [bos] open P text close prompt (label). labels: token ids of each row's label, or None.
 
         Returns x (B, S, C), the rows' lengths (B,), after which comes padding, and the pseudo tokens (B, P, C).
         """
-        device, B = self.llm.embedding.weight.device, len(batch.text)
-        texts = [self.text_ids(text) for text in batch.text]
+        B, texts = len(batch.text), [self.text_ids(text) for text in batch.text]
         rows = [text + self.after + label for text, label in zip(texts, labels or [[]] * B)]
         longest = max(map(len, rows))
-        ids = torch.tensor([row + [self.pad_id] * (longest - len(row)) for row in rows], device=device)
+        ids = self.put([row + [self.pad_id] * (longest - len(row)) for row in rows])
         x = self.llm.embed(ids)                                         # behind the pseudo tokens, (B, longest, C)
-        n = torch.tensor([[len(text)] for text in texts], device=device)                          # (B, 1)
-        is_text = torch.arange(max(map(len, texts)), device=device) < n                           # (B, Lt)
+        n = self.put([[len(text)] for text in texts])                                             # (B, 1)
+        is_text = torch.arange(max(map(len, texts)), device=x.device) < n                         # (B, Lt)
         mean = (x[:, :is_text.size(1)].float() * is_text[..., None]).sum(1) / n.clamp(min=1)      # (B, C)
-        audio, video = batch.audio.to(device), batch.video.to(device)
-        pseudo = self.adapter(mean, audio, batch.audio_len, video, batch.video_len)               # (B, P, C)
-        before = self.llm.embed(torch.tensor(self.before, device=device)).expand(B, -1, -1)
+        features = map(self.put, (batch.audio, batch.audio_len, batch.video, batch.video_len))
+        pseudo = self.adapter(mean, *features)                                                    # (B, P, C)
+        before = self.beginning.x.expand(B, -1, -1)
         x = torch.cat((before, pseudo.to(x.dtype), x), dim=1)                                     # (B, S, C)
-        lengths = [before.size(1) + pseudo.size(1) + len(row) for row in rows]
-        return x, torch.tensor(lengths, device=device), pseudo
+        lengths = self.put([before.size(1) + pseudo.size(1) + len(row) for row in rows])
+        return x, lengths, pseudo
 
     def pseudo_tokens(self, batch):
         """The pseudo tokens (B, P, C) of a batch."""
@@ -197,7 +201,7 @@ class MultimodalLLM(nn.Module):
         labels = [self.tokenizer.encode(self.label_text(y)) for y in batch.label]
         x, lengths, _ = self.inputs(batch, labels)
         n = max(map(len, labels))
-        target = torch.tensor([[-100] * (n - len(ids)) + ids for ids in labels], device=x.device)  # (B, n)
+        target = self.put([[-100] * (n - len(ids)) + ids for ids in labels])                      # (B, n)
         at = lengths[:, None] - 1 - n + torch.arange(n, device=x.device)    # a position predicts the token after it
         past = self.beginning.length                                        # read once, for all rows
         hidden = self.llm(x[:, past:], cache=self.beginning, recompute=recompute, at=at - past)   # (B, n, C)

@@ -205,15 +205,15 @@ class KVCache:
 
 
 class Beginning:
-    """Keys and values of a beginning that all rows share: computed once and never changed. Pass it to LLM.forward as
-    the cache, and the rows go on after it. Unlike a KVCache it stores nothing new, so gradients flow and blocks may
-    recompute."""
+    """Embeddings, keys and values of a beginning that all rows share: computed once and never changed. Pass it to
+    LLM.forward as the cache, and the rows go on after it. Unlike a KVCache it stores nothing new, so gradients flow and
+    blocks may recompute."""
 
     def __init__(self, llm: "LLM", ids: list[int]):
-        x = llm.embed(torch.tensor([ids], device=llm.embedding.weight.device))                    # (1, T, C)
-        cache, self.length = KVCache(llm.config, 1, len(ids), x.device, x.dtype), len(ids)
+        self.x = llm.embed(torch.tensor([ids], device=llm.embedding.weight.device))               # (1, T, C)
+        cache, self.length = KVCache(llm.config, 1, len(ids), self.x.device, self.x.dtype), len(ids)
         with torch.no_grad():
-            llm(x, cache=cache)
+            llm(self.x, cache=cache)
         self.k, self.v = cache.k, cache.v                                                         # (layers, 1, K, T, D)
 
     def append(self, layer: int, k, v):
