@@ -1,6 +1,6 @@
 """Time training steps, answers and loading, beside the same work done through `transformers` as the release does it.
 
-    python tests/bench.py --llm ../shared/weights/stories260K --data-dir ../shared/data --rounds 20
+    python tests/bench.py --llm ../shared/weights/stories260K --data-dir ../shared/data --rounds 40
     python tests/bench.py --shape 100m --tokenizer ../shared/tokenizers/llama2 --data-dir ../shared/data --batch 4
     python tests/bench.py --shape llama2-7b --device cuda --dtype bfloat16 --batch 8 --recompute 32 --peak 989
     python tests/bench.py --shape 100m --scaling            cost by rows and tokens, memory by recomputed blocks
