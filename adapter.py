@@ -175,7 +175,8 @@ class MultimodalLLM(nn.Module):
     def inputs(self, batch, labels=None):
         """Embed the rows [bos] open P text close prompt (label). labels: token ids of each row's label, or None.
 
-        Returns x (B, S, C), the rows' lengths (B,), after which comes padding, and the pseudo tokens (B, P, C).
+        Returns x (B, S, C), the rows' lengths (B,) on the CPU, after which comes padding, and the pseudo tokens
+        (B, P, C).
         """
         B, texts = len(batch.text), [self.text_ids(text) for text in batch.text]
         rows = [text + self.after + label for text, label in zip(texts, labels or [[]] * B)]
@@ -189,8 +190,7 @@ class MultimodalLLM(nn.Module):
         pseudo = self.adapter(mean, *features)                                                    # (B, P, C)
         before = self.beginning.x.expand(B, -1, -1)
         x = torch.cat((before, pseudo.to(x.dtype), x), dim=1)                                     # (B, S, C)
-        lengths = self.put([before.size(1) + pseudo.size(1) + len(row) for row in rows])
-        return x, lengths, pseudo
+        return x, torch.tensor([before.size(1) + pseudo.size(1) + len(row) for row in rows]), pseudo
 
     def pseudo_tokens(self, batch):
         """The pseudo tokens (B, P, C) of a batch."""
@@ -202,9 +202,10 @@ class MultimodalLLM(nn.Module):
         x, lengths, _ = self.inputs(batch, labels)
         n = max(map(len, labels))
         target = self.put([[-100] * (n - len(ids)) + ids for ids in labels])                      # (B, n)
-        at = lengths[:, None] - 1 - n + torch.arange(n, device=x.device)    # a position predicts the token after it
         past = self.beginning.length                                        # read once, for all rows
-        hidden = self.llm(x[:, past:], cache=self.beginning, recompute=recompute, at=at - past)   # (B, n, C)
+        x, lengths = x[:, past:], lengths - past
+        at = self.put(lengths[:, None] - 1 - n + torch.arange(n))           # a position predicts the token after it
+        hidden = self.llm(x, cache=self.beginning, recompute=recompute, at=at, lengths=lengths)   # (B, n, C)
         loss = F.cross_entropy(self.llm.logits(hidden).flatten(0, 1), target.flatten(), reduction="none")
         return (loss.view_as(target).sum(1) / (target >= 0).sum(1)).mean()     # 0 where the target is -100
 
@@ -217,7 +218,7 @@ class MultimodalLLM(nn.Module):
         `generate` returned, and all new tokens; ChatGLM3 the whole row and all new tokens.
         """
         x, lengths, _ = self.inputs(batch)
-        mask = torch.arange(x.size(1), device=x.device) < lengths[:, None]                        # (B, S)
+        mask = self.put(torch.arange(x.size(1)) < lengths[:, None])                               # (B, S)
         ids = self.llm.generate(x, self.answer_len, mask, self.eos_id, self.read_next, self.beginning).tolist()
         ends = [row.index(self.eos_id) if self.eos_id in row else len(row) for row in ids]
         return [self.tokenizer.decode(row[:end]) for row, end in zip(ids, ends)]

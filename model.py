@@ -223,6 +223,24 @@ class Beginning:
         return torch.cat((k0, k), dim=2), torch.cat((v0, v), dim=2)
 
 
+class Packing:
+    """Rows without the padding behind them. Attention wants rows, (B, T, C); whatever else a block does it does to each
+    position alone, and does it to the N real ones, (N, C)."""
+
+    def __init__(self, lengths, T: int, device):
+        """lengths: (B,), how many of each row's T positions are real; on the CPU, so that no GPU is waited for."""
+        self.rows = len(lengths)
+        real = (torch.arange(T) < lengths[:, None]).flatten().nonzero()[:, 0]
+        self.size, self.real = self.rows * T, real.to(device, non_blocking=True)                  # (N,)
+
+    def pack(self, x):
+        return x.flatten(0, 1).index_select(0, self.real)                                         # (B, T, C) -> (N, C)
+
+    def unpack(self, x):
+        rows = x.new_zeros(self.size, x.size(1)).index_copy(0, self.real, x)
+        return rows.unflatten(0, (self.rows, -1))                                                 # (N, C) -> (B, T, C)
+
+
 def causal_attention(q, k, v, whole: bool, step: int = 64):
     """Queries (B, H, T, D) of the last T of S positions look at keys and values (B, H, S, D) up to their own position.
 
@@ -250,9 +268,10 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.dim, heads * config.head_dim, bias=config.qkv_bias)
         self.out = nn.Linear(config.n_head * config.head_dim, config.dim, bias=False)
 
-    def forward(self, x, rope, mask, cache, layer, at=None):
-        c, (B, T, _) = self.config, x.shape
-        heads = self.qkv(x).view(B, T, -1, c.head_dim).transpose(1, 2)                            # (B, H + 2K, T, D)
+    def forward(self, x, rope, mask, cache, layer, at=None, packing=None):
+        c, qkv = self.config, self.qkv(x)
+        qkv = packing.unpack(qkv) if packing else qkv
+        heads = qkv.unflatten(2, (-1, c.head_dim)).transpose(1, 2)                                # (B, H + 2K, T, D)
         qk, v = heads.split([c.n_head + c.n_kv_head, c.n_kv_head], dim=1)
         q, k = apply_rope(qk, rope, c.rope_interleaved).split([c.n_head, c.n_kv_head], dim=1)
         if cache is not None:
@@ -265,7 +284,8 @@ class Attention(nn.Module):
             h = causal_attention(q, k, v, whole=x.is_cuda)
         else:
             h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return self.out(h.transpose(1, 2).flatten(2))                                             # (B, T or n, C)
+        h = h.transpose(1, 2).flatten(2)                                                          # (B, T or n, H * D)
+        return self.out(packing.pack(h) if packing and at is None else h)                         # (B, T or n, C)
 
 
 class MLP(nn.Module):
@@ -286,10 +306,13 @@ class Block(nn.Module):
         self.attn_norm, self.attn = RMSNorm(config.dim, config.norm_eps), Attention(config)
         self.mlp_norm, self.mlp = RMSNorm(config.dim, config.norm_eps), MLP(config)
 
-    def forward(self, x, rope, mask=None, cache=None, layer=0, at=None):
-        """Hidden states (B, T, C) -> those after the block, of all positions or, (B, n, C), of those `at` (B, n)."""
-        h = self.attn(self.attn_norm(x), rope, mask, cache, layer, at)
-        x = h + (x if at is None else x.take_along_dim(at[..., None], dim=1))
+    def forward(self, x, rope, mask=None, cache=None, layer=0, at=None, packing=None):
+        """Hidden states (B, T, C), packed (N, C) -> those after the block, of all positions or, (B, n, C), of those
+        `at` (B, n)."""
+        h = self.attn(self.attn_norm(x), rope, mask, cache, layer, at, packing)
+        if at is not None:
+            x = (packing.unpack(x) if packing else x).take_along_dim(at[..., None], dim=1)        # (B, n, C)
+        x = x + h
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -301,10 +324,10 @@ class Recompute(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, block, rope, mask, cache, layer, at):
+    def forward(ctx, x, block, *rest):
         assert not any(p.requires_grad for p in block.parameters()), "Recompute is for frozen blocks only"
         ctx.save_for_backward(x)
-        ctx.run = lambda x: block(x, rope, mask, cache, layer, at)
+        ctx.run, ctx.others = lambda x: block(x, *rest), (None,) * (1 + len(rest))
         return ctx.run(x)                                   # autograd is off in here: nothing of the block is kept
 
     @staticmethod
@@ -313,7 +336,7 @@ class Recompute(torch.autograd.Function):
         x = x.detach().requires_grad_()
         with torch.enable_grad():
             y = ctx.run(x)
-        return torch.autograd.grad(y, x, grad)[0], None, None, None, None, None, None
+        return torch.autograd.grad(y, x, grad)[0], *ctx.others
 
 
 class LLM(nn.Module):
@@ -340,13 +363,14 @@ class LLM(nn.Module):
         return F.linear(hidden, (self.embedding if self.config.tied_head else self.head).weight).float()
 
     def forward(self, x, mask=None, positions=None, cache: KVCache | Beginning | None = None, recompute: int = 0,
-                at=None):
+                at=None, lengths=None):
         """Embeddings (B, T, C) -> hidden states after the last norm, (B, T, C) or (B, n, C).
 
         mask: (B, S) bool, False where a row is padding; None when there is none. positions: (B, T), by default each
         row's count of real tokens. recompute: how many blocks, from the first on, keep only their input for backward.
         at: which positions are wanted, (B, n), by default all; but for keys and values, the last block computes these
-        alone. Padding behind a row needs no mask: no real token looks that far ahead.
+        alone. Padding behind a row needs no mask: no real token looks that far ahead. lengths: (B,) on the CPU, real
+        positions of each row; with them, and with `at`, only attention computes that padding.
         """
         T, past = x.size(1), cache.length if cache is not None else 0
         if past + T > self.config.max_len:
@@ -357,14 +381,19 @@ class LLM(nn.Module):
         elif positions is None:
             positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, past:]                           # (B, T)
         rope, sees, wanted = rope_table(positions, self.config), attention_mask(mask, past, T, x.device), None
+        packing = None
+        if lengths is not None and int(lengths.min()) < T:
+            assert at is not None, "packed rows come back at the positions wanted"
+            packing = Packing(lengths, T, x.device)
+            x = packing.pack(x)                                                                   # (N, C)
         for layer, block in enumerate(self.blocks):
             if layer == self.config.n_layer - 1 and at is not None:
                 sees, wanted = attention_mask(mask, past, T, x.device, at), at
             if layer < recompute and torch.is_grad_enabled():
                 assert not isinstance(cache, KVCache), "a KVCache stores; what is recomputed would be stored twice"
-                x = Recompute.apply(x, block, rope, sees, cache, layer, wanted)
+                x = Recompute.apply(x, block, rope, sees, cache, layer, wanted, packing)
             else:
-                x = block(x, rope, sees, cache, layer, wanted)
+                x = block(x, rope, sees, cache, layer, wanted, packing)
         return self.norm(x)
 
     @torch.no_grad()

@@ -183,7 +183,7 @@ def check_finite(loss, net: MultimodalLLM, parts: list):
         return
     with torch.no_grad():
         x, lengths, pseudo = net.inputs(parts[0])
-        hidden = net.llm(x, at=lengths[:, None] - 1)        # of each row's last token, not of padding
+        hidden = net.llm(x, at=net.put(lengths[:, None] - 1))        # of each row's last token, not of padding
         way = [*(("adapter parameter " + name, p) for name, p in net.adapter.named_parameters()),
                ("pseudo tokens", pseudo), ("hidden states", hidden), ("logits", net.llm.logits(hidden[:, -1]))]
     name = next((name for name, tensor in way if not bool(torch.isfinite(tensor).all())), "loss")

@@ -243,6 +243,24 @@ def test_only_the_positions_wanted(tiny, family, masked):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("recompute", [0, 2, 3])
+@pytest.mark.parametrize("before", [[], [3, 1, 4]], ids=["whole", "behind a beginning"])
+def test_packed_rows_equal_padded_ones(tiny, family, recompute, before):
+    llm, lengths = tiny[family], torch.tensor([9, 1, 4])
+    _, x, mask = padded(llm, lengths.tolist(), behind=True)
+    beginning, at = Beginning(llm, before) if before else None, torch.stack((lengths - 1, lengths // 2), dim=1)
+    x = torch.where(mask[..., None], x, math.inf).requires_grad_()      # nobody looks there
+    padding_free = llm(x, cache=beginning, recompute=recompute, at=at, lengths=lengths)
+    finite = x.detach().nan_to_num(posinf=0).requires_grad_()
+    expected = llm(finite, cache=beginning, at=at)
+    close(padding_free, expected, 2e-5)
+    target = recipe("target", expected.shape, 1.0)
+    (ours,), (theirs,) = (torch.autograd.grad(h, inp, target) for h, inp in ((padding_free, x), (expected, finite)))
+    close(ours, theirs, 2e-5)
+    assert not ours[~mask].any() and ours[mask].any(dim=-1).all()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("lengths", [[9, 9], [9, 1, 4]], ids=["full", "padded"])
 @pytest.mark.parametrize("split", [[9], [1, 8], [5, 4], [8, 1], [3, 1, 3, 2], [1] * 9], ids=str)
 def test_cached_equals_full(tiny, family, lengths, split):

@@ -43,8 +43,8 @@ TWEAKS = {
     "class head": [
         # As many classes as MELD has; the demo uses four of them.
         ("adapter.py", "        self.project =", "        self.head = nn.Linear(c.dim, 7)\n        self.project ="),
-        ("adapter.py", "cache=self.beginning, recompute=recompute, at=at - past)",
-         "cache=self.beginning, recompute=recompute, at=at[:, :1] - past)[:, 0]\n"
+        ("adapter.py", "recompute, at=at, lengths=lengths)",
+         "recompute, at=at[:, :1], lengths=lengths)[:, 0]\n"
          "        return F.cross_entropy(self.adapter.head(hidden), torch.tensor(batch.label))"),
         ("adapter.py", "        ids = self.llm.generate(",
          "        past = self.beginning.length\n"
