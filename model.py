@@ -3,6 +3,7 @@
     Config     the sizes, read from the checkpoint's own config.json
     LLM        embeddings -> blocks of attention and SwiGLU -> norm -> output head; greedy decoding from embeddings
     KVCache    the keys and values of the positions already seen; Beginning: of those that all rows share
+    Packing    rows without the padding behind them
     Recompute  gradient checkpointing, written by hand
     NAMES      our parameter names and each family's
     load_llm   safetensors -> device, tensor by tensor, strict both ways
@@ -14,7 +15,7 @@
 The families differ by data (sizes, biases, the pairing of rotary channels, tensor names), never by class.
 
 Shapes: B rows, T new positions, S cached + new positions, C width (dim), H query heads, K key/value heads, D width of
-a head, R rotated channels of a head, V vocabulary.
+a head, R rotated channels of a head, V vocabulary, N real positions of all rows together.
 """
 import argparse
 import hashlib

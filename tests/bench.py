@@ -123,7 +123,7 @@ def report(title: str, ways: dict, rounds: dict, seconds: dict, flops: int, peak
         batches = [batch for part in rounds[name][1:] for batch in part]
         rows, took = sum(len(batch.text) for batch in batches), seconds[name]
         with torch.no_grad():
-            tokens = sum(int(net.inputs(batch)[1].sum()) for batch in batches)     # in the release's way pads are some
+            tokens = sum(int(net.inputs(batch)[1].sum()) for batch in batches)     # the release's pads count
         if name == "release":
             slowest = took / rows
         weights = sum(p.numel() for block in net.llm.blocks for p in block.parameters())
