@@ -305,7 +305,7 @@ def label_logprobs(net: MultimodalLLM, batch):
     root, *nodes = nodes                                        # a node is the tokens that lead to it
     x, lengths, _ = net.inputs(batch)
     (B, S, _), T, past, device = x.shape, len(nodes), net.beginning.length, x.device
-    lengths = lengths.to(device)
+    lengths = net.put(lengths)
     cache = KVCache(net.llm.config, B, S + T, device, x.dtype, net.beginning)
     hidden = net.llm(x[:, past:], cache=cache, at=lengths[:, None] - 1 - past)                # (B, 1, C)
     if nodes:

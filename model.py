@@ -238,7 +238,7 @@ class Packing:
         return x.flatten(0, 1).index_select(0, self.real)                                         # (B, T, C) -> (N, C)
 
     def unpack(self, x):
-        rows = x.new_zeros(self.size, x.size(1)).index_copy(0, self.real, x)
+        rows = x.new_zeros(self.size, x.size(1)).index_copy_(0, self.real, x)
         return rows.unflatten(0, (self.rows, -1))                                                 # (N, C) -> (B, T, C)
 
 
