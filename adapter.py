@@ -157,8 +157,7 @@ class MultimodalLLM(nn.Module):
         self.after = tokenizer.encode(words.close) + tokenizer.encode(words.prompt)
         self.beginning = Beginning(llm, self.before)
         self.label_text = words.label
-        # What the release reads between two new tokens: see answer.
-        self.read_next = {"": None, "placeholder": self._read_placeholder, "reread": self._reread}[words.decoding]
+        self.read_next = self._reread if words.reread else None             # between two new tokens: see answer
         self.labels = [tuple(tokenizer.encode(text)) for text in words.labels]          # every legal one, as tokens
         self.answer_len = max(map(len, self.labels))
 
@@ -213,19 +212,14 @@ class MultimodalLLM(nn.Module):
     def answer(self, batch) -> list[str]:
         """What the LLM writes after each row, greedily, up to the length of a label or its end token.
 
-        official=True repeats how the release's answers came about under transformers 4.36. Each step after the first
-        read, after all that was cached already, not one new token: LLaMA2 a BOS, the placeholder in front of what
-        `generate` returned, and all new tokens; ChatGLM3 the whole row and all new tokens.
+        official=True with ChatGLM3: each step after the first reads, after all that is cached already, not one new
+        token but the whole row and all new tokens, as in the release under transformers 4.36.
         """
         x, lengths, _ = self.inputs(batch)
         mask = self.put(torch.arange(x.size(1)) < lengths[:, None])                               # (B, S)
         ids = self.llm.generate(x, self.answer_len, mask, self.eos_id, self.read_next, self.beginning).tolist()
         ends = [row.index(self.eos_id) if self.eos_id in row else len(row) for row in ids]
         return [self.tokenizer.decode(row[:end]) for row, end in zip(ids, ends)]
-
-    def _read_placeholder(self, row, new):
-        placeholder = torch.full_like(new[:, :1], self.before[0])
-        return self.llm.embed(torch.cat((placeholder, new), dim=1)), None
 
     def _reread(self, row, new):
         x = torch.cat((row, self.llm.embed(new)), dim=1)

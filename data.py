@@ -40,44 +40,53 @@ import torch
 HERE = Path(__file__).resolve().parent
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Tasks
+# Wording: how the release words a row for each family of backbones
+
+
+_CLASS_EN = "Please recognize the emotion of the above multimodal content from the"
+_CLASS_ZH = "请选择适用于上述多模态内容的情绪标签：<{labels}>。"
+_RANGE_EN = "Please predict the sentiment intensity of the above multimodal content in the range "
+_RANGE_ZH = "请对上述多模态内容的情感强度进行预测，范围在"
+TAG = {"en": "Multimodal", "zh": "多模态"}
 
 
 @dataclass(frozen=True)
 class Family:
-    """How the release words a row for one family of backbones. Special tokens by name."""
+    """The words of one family. Special tokens by name."""
+    name: str                       # in PRESETS and PUBLISHED
     bos: tuple                      # in front of each row
     official_bos: tuple             # the same in the release
     eos: str
     pad: str                        # fills up a row; in the release, on the text's left, an ordinary token
-    lead: dict = field(default_factory=lambda: {"en": "", "zh": ""})    # stands before the open tag
-    reply: str = "Assistant"        # who answers, in an English prompt
-    plus: str = "+"                 # sign of the upper end of a range in a prompt
-    label_sign: str = ""            # "+": an intensity's label is written with its sign
-    official_decoding: str = ""     # how the release's decoding differs from plain: see MultimodalLLM.answer
+    prompts: dict                   # (language, "class" or "range") -> the release's prompt, to the letter
+    lead: dict                      # language -> what stands before the open tag
+    intensity: str = "{:.1f}"       # how an intensity is written as a label
+    reread: bool = False            # official decoding reads the whole row again at each step
 
 
-_QWEN = Family(bos=("<|im_start|>",), official_bos=("<|im_start|>",), eos="<|endoftext|>", pad="<|endoftext|>",
-               label_sign="+")
-FAMILIES = {
-    "llama": Family(bos=("<s>",), official_bos=("<s>", "<s>"), eos="</s>", pad="<unk>",
-                    official_decoding="placeholder"),
-    "qwen": _QWEN,
-    "qwen2": _QWEN,
-    "chatglm": Family(bos=("[gMASK]", "sop"), official_bos=("[gMASK]", "sop"), eos="</s>", pad="<unk>",
-                      lead={"en": "{question}\n\n ", "zh": "{问题}\n\n "}, reply="response", plus="",
-                      official_decoding="reread"),
-}
-
-TAG = {"en": "Multimodal", "zh": "多模态"}
-PROMPTS = {     # (language, is the label a class?)
-    ("en", True): "Please recognize the emotion of the above multimodal content from the{gap}target set <{labels}>. "
-                  "{reply}: The emotion is",
-    ("zh", True): "请选择适用于上述多模态内容的情绪标签：<{labels}>。响应: 情绪为",
-    ("en", False): "Please predict the sentiment intensity of the above multimodal content in the range "
-                   "[{low}, {high}]. {reply}: The sentiment is",
-    ("zh", False): "请对上述多模态内容的情感强度进行预测，范围在[{low}, {high}]之间。响应: 情感为",
-}
+_LLAMA = Family(
+    "llama", bos=("<s>",), official_bos=("<s>", "<s>"), eos="</s>", pad="<unk>", lead={"en": "", "zh": ""},
+    # Neither who answers nor a range's sign follows a rule, and MELD's prompt has a run of spaces.
+    prompts={
+        ("en", "class"): _CLASS_EN + 45 * " " + "target set <{labels}>. Assistant: The emotion is",
+        ("zh", "class"): _CLASS_ZH + "助手: 情绪为",
+        ("en", "range"): _RANGE_EN + "[{low:.1f}, {high:+.1f}]. Assistant: The sentiment is",
+        ("zh", "range"): _RANGE_ZH + "[{low:.1f}, {high:.1f}]之间。响应: 情感为",
+    })
+_QWEN = Family(
+    "qwen", bos=("<|im_start|>",), official_bos=("<|im_start|>",), eos="<|endoftext|>", pad="<|endoftext|>",
+    lead={"en": "", "zh": ""}, intensity="{:+.1f}",
+    prompts=_LLAMA.prompts | {("zh", "range"): _RANGE_ZH + "[{low:.1f}, {high:+.1f}]之间。响应: 情感为"})
+_CHATGLM = Family(
+    "chatglm", bos=("[gMASK]", "sop"), official_bos=("[gMASK]", "sop"), eos="</s>", pad="<unk>",
+    lead={"en": "{question}\n\n ", "zh": "{问题}\n\n "}, reread=True,
+    prompts={
+        ("en", "class"): _CLASS_EN + " target" + 49 * " " + "set <{labels}>. response: The emotion is",
+        ("zh", "class"): _CLASS_ZH + "响应: 情绪为",
+        ("en", "range"): _RANGE_EN + "[{low:.1f}, {high:.1f}]. response: The sentiment is",
+        ("zh", "range"): _RANGE_ZH + "[{low:.1f}, {high:.1f}]之间。响应: 情感为",
+    })
+FAMILIES = {"llama": _LLAMA, "qwen": _QWEN, "qwen2": _QWEN, "chatglm": _CHATGLM}
 
 
 class Wording(NamedTuple):
@@ -88,26 +97,32 @@ class Wording(NamedTuple):
     open: str
     close: str
     prompt: str
-    labels: list                    # the text of every legal label
     label: object                   # a function: label -> its text
-    decoding: str                   # "", or how the release decodes
+    labels: list                    # the text of every legal label
+    reread: bool                    # see Family
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tasks
+
+
+SPLITS = ("train", "valid", "test")
 
 
 @dataclass(frozen=True)
 class Task:
-    """What the method needs to know of a data set. Feature widths come from the files; those here are only compared."""
+    """What the method needs to know of a data set. What is called published is only compared with the files."""
     name: str
-    files: dict                     # split -> published file
-    rows: dict                      # split -> published number of rows
-    text_len: int                   # tokens; longer texts are cut
-    audio_len: int                  # frames, as published
-    video_len: int
-    audio_dim: int                  # features of a frame, as published
-    video_dim: int
     labels: tuple = ()              # class names, written as 0, 1, ...; empty: the label is an intensity
     range: tuple = ()               # of an intensity
-    language: str = "en"
-    official_gap: str = " "         # between "the" and "target set" in the release's prompt
+    language: str = "en"            # of tag and prompt
+    text_len: int = 65              # tokens; longer texts are cut
+    pattern: str = ""               # file of each split, {} its name; by default NAME_{}.pkl
+    rows: dict = field(default_factory=dict)        # split -> published number of rows
+    audio_len: int = 0              # published frames of a row
+    video_len: int = 0
+    audio_dim: int = 0              # published features of a frame
+    video_dim: int = 0
     hub: str = ""                   # the published data set
     sha256: str = ""                # of the published file, where it is one
     twins: tuple = ()               # texts of rows that the published splits have in common
@@ -115,50 +130,70 @@ class Task:
     llm: str = "Qwen/Qwen-1_8B"     # the backbone if none is named
 
     @property
+    def files(self) -> dict:
+        """split -> file name."""
+        pattern = self.pattern or self.name + "_{}.pkl"
+        return {split: pattern.format(split) for split in SPLITS}
+
+    @property
     def select(self) -> str:
         """The validation metric by which the best epoch is chosen: the largest weighted F1 or the smallest MAE."""
         return "weighted_f1" if self.labels else "mae"
-
-    def wording(self, family: str, official: bool = False) -> Wording:
-        words, tag = FAMILIES[family], TAG[self.language]
-        low, high = ("", "") if self.labels else (f"{self.range[0]:.1f}", f"{words.plus}{self.range[1]:.1f}")
-        prompt = PROMPTS[self.language, bool(self.labels)].format(
-            gap=self.official_gap if official else " ", reply=words.reply, low=low, high=high,
-            labels=", ".join(f"{name}:{i}" for i, name in enumerate(self.labels)))
-
-        def label(y) -> str:
-            return str(int(y)) if self.labels else f"{y:{words.label_sign}.1f}"
-
-        return Wording(words.official_bos if official else words.bos, words.eos, words.pad,
-                       f"{words.lead[self.language]}<{tag}>", f"</{tag}>", prompt,
-                       [label(y) for y in self.values()], label, words.official_decoding if official else "")
 
     def values(self) -> list:
         """Every legal label: class numbers, or the range in steps of 0.1."""
         if self.labels:
             return list(range(len(self.labels)))
-        return [i / 10 for i in range(round(10 * self.range[0]), round(10 * self.range[1]) + 1)]
+        low, high = self.range
+        return [i / 10 for i in range(round(10 * low), round(10 * high) + 1)]
+
+    def wording(self, family: str, official: bool = False) -> Wording:
+        """The words around a row; official: the release's, to the letter, else each run of spaces is one."""
+        words, tag = FAMILIES[family], TAG[self.language]
+        if self.labels:
+            names = ", ".join(f"{name}:{i}" for i, name in enumerate(self.labels))
+            prompt = words.prompts[self.language, "class"].format(labels=names)
+        else:
+            low, high = self.range
+            prompt = words.prompts[self.language, "range"].format(low=low, high=high)
+        if not official:
+            prompt = re.sub(" +", " ", prompt)
+
+        def label(y) -> str:
+            if self.labels:
+                return str(int(y))
+            if not official:
+                y = round(y, 1) + 0.0           # never "-0.0", which is no legal label
+            return words.intensity.format(y)
+
+        return Wording(
+            bos=words.official_bos if official else words.bos, eos=words.eos, pad=words.pad,
+            open=f"{words.lead[self.language]}<{tag}>", close=f"</{tag}>", prompt=prompt,
+            label=label, labels=[label(y) for y in self.values()], reread=words.reread and official)
 
 
-SPLITS = ("train", "valid", "test")
 TASKS = {task.name: task for task in (
-    Task("demo", {s: f"demo_{s}.pkl" for s in SPLITS}, dict(train=2000, valid=300, test=600), 40, 40, 24, 6, 8,
-         labels=("joy", "anger", "sadness", "calm"), home="demo", llm=str(HERE / "demo" / "llm")),
-    Task("meld", {s: f"MELD/meld_{s}.pkl" for s in SPLITS}, dict(train=9989, valid=1109, test=2610),
-         65, 157, 32, 64, 64, labels=("neutral", "surprise", "fear", "sadness", "joy", "disgust", "anger"),
-         official_gap=" " * 45, hub="AZYoung/MELD_processed",
+    Task("demo", labels=("joy", "anger", "sadness", "calm"), text_len=40,
+         rows=dict(train=2000, valid=300, test=600), audio_len=40, audio_dim=6, video_len=24, video_dim=8,
+         home="demo", llm=str(HERE / "demo" / "llm")),
+    Task("meld", labels=("neutral", "surprise", "fear", "sadness", "joy", "disgust", "anger"), text_len=65,
+         rows=dict(train=9989, valid=1109, test=2610), audio_len=157, audio_dim=64, video_len=32, video_dim=64,
+         pattern="MELD/meld_{}.pkl", hub="AZYoung/MELD_processed",
          twins=("But um, I don’t think it’s anything serious.",)),
-    Task("cherma", {s: f"CHERMA0723/cherma_{s}.pkl" for s in SPLITS}, {}, 78, 543, 16, 1024, 2048,
-         labels=("愤怒", "厌恶", "恐惧", "高兴", "平静", "悲伤", "惊奇"), language="zh",
-         hub="AZYoung/CHERMA0723_processed"),
-    Task("mosei", {s: "MOSEI/Processed/unaligned_50.pkl" for s in SPLITS}, dict(train=16326, valid=1871, test=4659),
-         50, 500, 375, 74, 35, range=(-3.0, 3.0), hub="AZYoung/MOSEI_processed",
+    Task("cherma", labels=("愤怒", "厌恶", "恐惧", "高兴", "平静", "悲伤", "惊奇"), language="zh", text_len=78,
+         audio_len=543, audio_dim=1024, video_len=16, video_dim=2048,
+         pattern="CHERMA0723/cherma_{}.pkl", hub="AZYoung/CHERMA0723_processed"),
+    Task("mosei", range=(-3.0, 3.0), text_len=50,
+         rows=dict(train=16326, valid=1871, test=4659), audio_len=500, audio_dim=74, video_len=375, video_dim=35,
+         pattern="MOSEI/Processed/unaligned_50.pkl", hub="AZYoung/MOSEI_processed",
          sha256="ad8b23d50557045e7d47959ce6c5b955d8d983f2979c7d9b7b9226f6dd6fec1f"),
-    Task("simsv2", {s: "SIMS_V2/ch-simsv2s.pkl" for s in SPLITS}, dict(train=2722, valid=647, test=1034),
-         50, 925, 232, 25, 177, range=(-1.0, 1.0), language="zh", hub="AZYoung/SIMSV2_processed",
+    Task("simsv2", range=(-1.0, 1.0), language="zh", text_len=50,
+         rows=dict(train=2722, valid=647, test=1034), audio_len=925, audio_dim=25, video_len=232, video_dim=177,
+         pattern="SIMS_V2/ch-simsv2s.pkl", hub="AZYoung/SIMSV2_processed",
          sha256="f8fd9a1dd070588a714ff357b00f31d5bb93277b4e502cf2dc4ff718a95fc49b"),
-    Task("mosi", {s: "MOSI/Processed/unaligned_50.pkl" for s in SPLITS}, dict(train=1284, valid=229, test=686),
-         50, 375, 500, 5, 20, range=(-3.0, 3.0),
+    Task("mosi", range=(-3.0, 3.0), text_len=50,
+         rows=dict(train=1284, valid=229, test=686), audio_len=375, audio_dim=5, video_len=500, video_dim=20,
+         pattern="MOSI/Processed/unaligned_50.pkl",
          sha256="78e0f8b5ef8ff71558e7307848fc1fa929ecb078203f565ab22b9daab2e02524"),
 )}
 
@@ -174,23 +209,28 @@ class Preset(NamedTuple):
 
 
 PRESETS = {
-    "mosei": {"llama": Preset(5e-5, 8, 30, 4, 64, 32), "qwen": Preset(5e-3, 16, 30, 4, 64, 32),
-              "chatglm": Preset(5e-5, 8, 30, 4, 64, 32)},
-    "simsv2": {"llama": Preset(5e-5, 8, 40, 4, 64, 64), "qwen": Preset(5e-4, 16, 30, 4, 64, 64),
-               "chatglm": Preset(5e-5, 8, 80, 4, 64, 64)},
-    "meld": {"llama": Preset(5e-4, 6, 30, 4, 64, 32), "qwen": Preset(5e-4, 16, 50, 2, 32, 16),
-             "chatglm": Preset(5e-5, 8, 90, 4, 64, 32)},
-    "cherma": {"llama": Preset(5e-5, 6, 30, 4, 32, 16), "qwen": Preset(5e-3, 16, 30, 4, 32, 16),
-               "chatglm": Preset(5e-5, 8, 30, 4, 32, 16)},
-    "demo": {"llama": Preset(1e-2, 16, 4, 4, 32, 16)},
+    ("mosei", "llama"): Preset(5e-5, 8, 30, 4, 64, 32),
+    ("mosei", "qwen"): Preset(5e-3, 16, 30, 4, 64, 32),
+    ("mosei", "chatglm"): Preset(5e-5, 8, 30, 4, 64, 32),
+    ("simsv2", "llama"): Preset(5e-5, 8, 40, 4, 64, 64),
+    ("simsv2", "qwen"): Preset(5e-4, 16, 30, 4, 64, 64),
+    ("simsv2", "chatglm"): Preset(5e-5, 8, 80, 4, 64, 64),
+    ("meld", "llama"): Preset(5e-4, 6, 30, 4, 64, 32),
+    ("meld", "qwen"): Preset(5e-4, 16, 50, 2, 32, 16),
+    ("meld", "chatglm"): Preset(5e-5, 8, 90, 4, 64, 32),
+    ("cherma", "llama"): Preset(5e-5, 6, 30, 4, 32, 16),
+    ("cherma", "qwen"): Preset(5e-3, 16, 30, 4, 32, 16),
+    ("cherma", "chatglm"): Preset(5e-5, 8, 30, 4, 32, 16),
+    ("demo", "llama"): Preset(1e-2, 16, 4, 4, 32, 16),
 }
 
 
 def preset(task: Task | str, family: str) -> Preset:
-    """The release's hyper-parameters. Where it has none: MOSI takes MOSEI's, qwen2 qwen's, other families llama's."""
-    name = {"mosi": "mosei"}.get(getattr(task, "name", task), getattr(task, "name", task))
-    rows = PRESETS[name]
-    return rows.get({"qwen2": "qwen"}.get(family, family)) or rows["llama"]
+    """The release's hyper-parameters; where it has none, MELD's for classes and MOSEI's for an intensity."""
+    task = TASKS[task] if isinstance(task, str) else task
+    words = FAMILIES[family].name
+    nearest = "meld" if task.labels else "mosei"
+    return PRESETS.get((task.name, words)) or PRESETS[nearest, words]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -42,11 +42,11 @@ def parse_answer(text: str, task, official: bool = False) -> float | None:
     """The number that an answer is, in the task's range or not; None where it is anything but one plain number.
 
     Classes: digits only. Intensities: sign if any, digits, fraction if any ("+0.4", "-1"; not ".5", not "1e0").
-    official: the release's rule, float() of what its replacements leave, and 0.0 where that fails.
+    official: the release's rule, a bare float(), for intensities after its replacements, and 0.0 where that fails.
     """
     if official:
         try:
-            return float(text.translate(OFFICIAL))
+            return float(text if task.labels else text.translate(OFFICIAL))
         except ValueError:
             return 0.0
     text = text.strip()

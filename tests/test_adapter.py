@@ -196,6 +196,10 @@ def test_label_text(tiny):
     assert [make(tiny["qwen"], "simsv2").label_text(y) for y in (0.4, -1.0, 0.0)] == ["+0.4", "-1.0", "+0.0"]
     assert [make(tiny["llama"], "mosei").label_text(y) for y in (0.4, -1.0, 0.0)] == ["0.4", "-1.0", "0.0"]
     assert [make(tiny["qwen"], "cherma").label_text(y) for y in (0, 6)] == ["0", "6"]
+    for family in tiny:                 # whatever the label, its text is a legal one; the release writes "-0.0", too
+        words = TASKS["simsv2"].wording(family)
+        assert {words.label(y / 100) for y in range(-100, 101)} == set(words.labels)
+        assert TASKS["simsv2"].wording(family, official=True).label(-0.04) == "-0.0"
 
 
 def test_answer_is_the_greedy_continuation_up_to_the_end_token(net):

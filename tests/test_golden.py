@@ -111,6 +111,39 @@ def test_the_row_is_worded_as_in_the_release(golden):
     assert lengths.tolist() == [x.size(1)] * 4 and torch.equal(x, torch.cat((before, pseudo, *behind), dim=1))
 
 
+EN_CLASS = "Please recognize the emotion of the above multimodal content from the"
+MELD = "<neutral:0, surprise:1, fear:2, sadness:3, joy:4, disgust:5, anger:6>"
+CHERMA = "请选择适用于上述多模态内容的情绪标签：<愤怒:0, 厌恶:1, 恐惧:2, 高兴:3, 平静:4, 悲伤:5, 惊奇:6>。"
+EN_RANGE = "Please predict the sentiment intensity of the above multimodal content in the range"
+ZH_RANGE = "请对上述多模态内容的情感强度进行预测，范围在"
+SPACES = " " * 45
+OFFICIAL_PROMPTS = {
+    ("llama", "meld"): f"{EN_CLASS}{SPACES}target set {MELD}. Assistant: The emotion is",
+    ("llama", "cherma"): f"{CHERMA}助手: 情绪为",
+    ("llama", "mosei"): f"{EN_RANGE} [-3.0, +3.0]. Assistant: The sentiment is",
+    ("llama", "simsv2"): f"{ZH_RANGE}[-1.0, 1.0]之间。响应: 情感为",
+    ("qwen", "meld"): f"{EN_CLASS}{SPACES}target set {MELD}. Assistant: The emotion is",
+    ("qwen", "cherma"): f"{CHERMA}助手: 情绪为",
+    ("qwen", "mosei"): f"{EN_RANGE} [-3.0, +3.0]. Assistant: The sentiment is",
+    ("qwen", "simsv2"): f"{ZH_RANGE}[-1.0, +1.0]之间。响应: 情感为",
+    ("chatglm", "meld"): f"{EN_CLASS} target{SPACES}    set {MELD}. response: The emotion is",
+    ("chatglm", "cherma"): f"{CHERMA}响应: 情绪为",
+    ("chatglm", "mosei"): f"{EN_RANGE} [-3.0, 3.0]. response: The sentiment is",
+    ("chatglm", "simsv2"): f"{ZH_RANGE}[-1.0, 1.0]之间。响应: 情感为",
+}
+
+
+@pytest.mark.parametrize("family, task", OFFICIAL_PROMPTS, ids="-".join)
+def test_the_twelve_prompts(family, task):
+    wording, prompt = TASKS[task].wording, OFFICIAL_PROMPTS[family, task]
+    assert wording(family, official=True).prompt == prompt
+    assert wording(family).prompt == re.sub(" {2,}", " ", prompt)
+    lead = "" if family != "chatglm" else "{question}\n\n " if task in ("meld", "mosei") else "{问题}\n\n "
+    assert wording(family).open == lead + ("<Multimodal>" if task in ("meld", "mosei") else "<多模态>")
+    if task == "mosei":
+        assert TASKS["mosi"].wording(family, official=True)[:6] == wording(family, official=True)[:6]
+
+
 def test_token_ids_of_the_real_tokenizers(golden):
     tokenizer = load_tokenizer(need_shared("tokenizers", golden.info["family"]))
     replay = Replay(golden.info, golden.out)
@@ -164,7 +197,8 @@ def test_loss_and_gradients(golden):
 def test_answers(golden):
     net = golden.net()
     x, _, _ = net.inputs(golden.batch)
-    assert net.llm.generate(x, net.answer_len, None, net.eos_id, net.read_next).tolist() == golden.info["generated_ids"]
+    read_next = net.read_next if golden.info["family"] == "chatglm3" else None      # plain decoding but for ChatGLM3
+    assert net.llm.generate(x, net.answer_len, None, net.eos_id, read_next).tolist() == golden.info["generated_ids"]
     assert net.answer(golden.batch) == golden.info["generated_text"]
 
 

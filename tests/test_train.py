@@ -238,6 +238,16 @@ def test_the_table_of_seeds(tmp_path, capsys):
             (seed, accuracy) for seed, accuracy, _, _ in rows]
 
 
+def test_the_releases_figures_stand_beside_the_published_data_alone(tmp_path, capsys):
+    record = {"seed": 1111, "family": "chatglm", "data": "simsv2", "test_acc2": .8, "test_rows": 1034, "line": ""}
+    for rows, shown in ((1034, True), (40, False)):
+        train.summarize([{**record, "test_rows": rows}] * 2, tmp_path)
+        out = capsys.readouterr().out
+        assert ("acc2: the release recorded 0.7944 +- 0.0251" in out) == shown
+        assert ("note: with the shipped prompt" in out) == shown
+    assert all(pair in train.PUBLISHED or pair == ("qwen", "mosi") for pair in train.NOTES)
+
+
 def test_curves_are_well_formed():
     from xml.etree import ElementTree
     log = [{"loss": 2.0 / e, "learning_rate": 0.1, "valid_mae": 1.0} for e in (1, 2, 3)]
