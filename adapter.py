@@ -10,15 +10,14 @@
 
     the LLM reads      [bos] open  P_1 .. P_P  text  close prompt  ->  label
 
-Only the adapter trains. Where the paper and the authors' release differ, this follows the release, which made the
-published numbers; `official=True` also words and pads each row as the release does.
-
-Shapes: B rows, S length of a row, La / Lv frames, Da / Dv features of a frame, Lt text tokens, C the LLM's width,
-P pseudo tokens.
+Where paper and release differ, this follows the release, which made the published numbers. Shapes: B rows, T length of a
+row behind [bos] open, La / Lv frames, Da / Dv features of a frame, Lt text tokens, C the LLM's width, P pseudo tokens, n
+tokens of the longest label.
 """
 import hashlib
 import json
 from dataclasses import asdict, dataclass
+from itertools import product
 
 import torch
 import torch.nn as nn
@@ -26,31 +25,26 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from model import Beginning, write_atomic
+from model import KVCache, write_atomic
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    dim: int                # C
-    audio_dim: int          # Da
-    video_dim: int          # Dv
-    audio_hidden: int       # the LSTM's state
+    dim: int                            # C
+    audio_dim: int                      # Da
+    video_dim: int                      # Dv
+    audio_hidden: int                   # the LSTM's state
     video_hidden: int
-    pseudo_tokens: int      # P
-    fusion_dim: int = 256   # the common space of text, audio and video
+    pseudo_tokens: int                  # P
+    fusion_dim: int = 256               # the common space of text, audio and video
     # The paper's ablations
     no_mixer: bool = False              # the modalities are added without the text's product
     no_fusion: bool = False             # one linear layer in the place of three scales
     modality: str = "both"              # or only "audio", only "video"
     independent_tokens: bool = False    # a linear layer from M~ to each pseudo token, no scaled copies of one vector
 
-    def __post_init__(self):
-        if self.modality not in ("both", "audio", "video"):
-            raise ValueError(f"modality is {self.modality!r}; expected 'both', 'audio' or 'video'")
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The method
+# --- The method ------------------------------------------------------------------------------------------------------
 
 
 class SequenceEncoder(nn.Module):
@@ -63,9 +57,12 @@ class SequenceEncoder(nn.Module):
 
     def forward(self, x, lengths):
         """Features (B, L, D), `lengths` (B,) of them real -> (B, 256). Length 0: the modality is missing."""
+        if x.size(-1) != self.rnn.input_size:
+            raise ValueError(f"{x.size(-1)} features in a frame, but the adapter was made for {self.rnn.input_size}; "
+                             "use the data that it was trained on, or train again")
         states = self.rnn(x)[0]         # (B, L, hidden), of padding, too: simpler and faster than packed sequences
-        h = states.take_along_dim(lengths.clamp(min=1)[:, None, None] - 1, dim=1)[:, 0]           # (B, hidden)
-        return self.linear(h * (lengths > 0)[:, None])                  # a missing modality has the state 0: x = b
+        h = states.take_along_dim(lengths.clamp(min=1)[:, None, None] - 1, dim=1)[:, 0]         # (B, hidden)
+        return self.linear(h * (lengths > 0)[:, None])      # a missing modality has the state 0: x = b
 
 
 class TextGuideMixer(nn.Module):
@@ -76,7 +73,7 @@ class TextGuideMixer(nn.Module):
         self.text = nn.Linear(dim, fusion_dim)
 
     def forward(self, text, audio, video):
-        t = self.text(text)                                             # (B, C) -> (B, 256)
+        t = self.text(text)                                 # (B, C) -> (B, 256)
         return audio * t + video * t
 
 
@@ -88,11 +85,11 @@ class MultiScaleFusion(nn.Module):
         self.scales = nn.ModuleList(
             nn.Sequential(nn.Linear(fusion_dim, width), nn.GELU(), nn.Linear(width, fusion_dim))
             for width in (dim // 8, dim // 32, dim // 16))
-        self.join = nn.Linear(3, 1)                                     # the release writes it as a 1x3 convolution
+        self.join = nn.Linear(3, 1)                         # the release writes it as a 1x3 convolution
 
     def forward(self, m):
-        scales = torch.stack([scale(m) for scale in self.scales], dim=-1)                         # (B, 256, 3)
-        return self.join(scales)[..., 0]                                                          # (B, 256)
+        scales = torch.stack([scale(m) for scale in self.scales], dim=-1)                       # (B, 256, 3)
+        return self.join(scales)[..., 0]                                                        # (B, 256)
 
 
 class MSEAdapter(nn.Module):
@@ -107,31 +104,26 @@ class MSEAdapter(nn.Module):
         self.mixer = TextGuideMixer(c.dim, width) if not c.no_mixer else None
         self.fusion = MultiScaleFusion(c.dim, width) if not c.no_fusion else nn.Linear(width, width)
         self.project = nn.Linear(width, c.dim if not c.independent_tokens else c.dim * c.pseudo_tokens)
-        self.spread = nn.Linear(1, c.pseudo_tokens) if not c.independent_tokens else None         # w_k, c_k
+        self.spread = nn.Linear(1, c.pseudo_tokens) if not c.independent_tokens else None       # w_k, c_k
 
     def forward(self, text, audio, audio_len, video, video_len):
         """Mean text embedding (B, C), features (B, La, Da), (B, Lv, Dv) and lengths (B,) -> pseudo tokens (B, P, C)."""
-        for name, x, width in (("audio", audio, self.config.audio_dim), ("video", video, self.config.video_dim)):
-            if x.size(-1) != width:
-                raise ValueError(f"the {name} has {x.size(-1)} features in a frame, the adapter was made for {width}; "
-                                 "use the data that it was trained on, or train again")
-        a = self.audio(audio, audio_len) if self.audio else 0                                     # (B, 256)
+        a = self.audio(audio, audio_len) if self.audio else 0                                   # (B, 256)
         v = self.video(video, video_len) if self.video else 0
         m = self.mixer(text, a, v) if self.mixer else a + v
         h = self.project(self.fusion(m))                    # (B, C), or all independent tokens' P * C
         if self.spread is None:
-            return h.unflatten(1, (self.config.pseudo_tokens, -1))                                # (B, P, C)
-        return self.spread(h[..., None]).transpose(1, 2)    # P_k = w_k h + c_k: scaled copies of one vector, (B, P, C)
+            return h.unflatten(1, (self.config.pseudo_tokens, -1))                              # (B, P, C)
+        return self.spread(h[..., None]).transpose(1, 2)    # P_k = w_k h + c_k: scaled copies of one vector
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The adapter in front of the LLM
+# --- The adapter in front of the LLM ---------------------------------------------------------------------------------
 
 
 class MultimodalLLM(nn.Module):
     """A frozen LLM behind an adapter, for one task.
 
-    official=False: rows hold real tokens only; padding up to the longest of the batch comes after, where none looks.
+    official=False: rows hold real tokens only; padding in front, up to the longest row of the batch, is masked.
     official=True: the text is padded on the left to the task's fixed length with an ordinary token, to which the LLM
     attends and which counts in the mean of the text embeddings, as in the release.
 
@@ -144,111 +136,115 @@ class MultimodalLLM(nn.Module):
     def __init__(self, llm, adapter: MSEAdapter, tokenizer, task, official: bool = False):
         super().__init__()
         self.llm, self.adapter, self.tokenizer, self.task, self.official = llm, adapter, tokenizer, task, official
-        config = llm.config
-        if adapter.config.dim != config.dim:
-            raise ValueError(f"the adapter is made for a backbone of width {adapter.config.dim}, this has {config.dim}")
-        if tokenizer.size > config.vocab_size:
-            raise ValueError(f"the tokenizer has {tokenizer.size} ids, the backbone's embedding {config.vocab_size} "
-                             "rows: they belong to different models; use the tokenizer of the backbone's own folder")
-        words = task.wording(config.family, official)
+        dim, vocab_size = llm.config.dim, llm.config.vocab_size
+        if adapter.config.dim != dim or tokenizer.size > vocab_size:
+            raise ValueError(f"the backbone has width {dim} and {vocab_size} embeddings, but the adapter is made for "
+                             f"width {adapter.config.dim}, and the tokenizer has {tokenizer.size} ids; use the ones "
+                             "made for this backbone")
+        words = task.wording(llm.config.family, official)
         self.pad_id, self.eos_id = tokenizer.token_id(words.pad), tokenizer.token_id(words.eos)
         # Every part of a row is tokenised on its own.
         self.before = [tokenizer.token_id(name) for name in words.bos] + tokenizer.encode(words.open)
         self.after = tokenizer.encode(words.close) + tokenizer.encode(words.prompt)
-        self.beginning = Beginning(llm, self.before)
-        self.label_text = words.label
-        self.read_next = self._reread if words.reread else None             # between two new tokens: see answer
-        self.labels = [tuple(tokenizer.encode(text)) for text in words.labels]          # every legal one, as tokens
+        self.label_text, self.reread = words.label, words.reread
+        self.labels = [tokenizer.encode(text) for text in words.labels]         # every legal one, as tokens
         self.answer_len = max(map(len, self.labels))
+        self.kept = None                                    # see beginning
+
+    def tensor(self, numbers):
+        return torch.as_tensor(numbers, device=self.llm.embedding.weight.device)
 
     def text_ids(self, text: str) -> list[int]:
         """The tokens of a row's text, cut at the task's length; in the release padded to it on the left."""
         ids = self.tokenizer.encode(text)[:self.task.text_len]
-        return [self.pad_id] * (self.task.text_len - len(ids) if self.official else 0) + ids
+        return [self.pad_id] * (self.task.text_len - len(ids)) + ids if self.official else ids
 
-    def put(self, data):
-        """A tensor or nested lists of numbers -> a tensor on the LLM's device; a GPU's work goes on meanwhile."""
-        tensor, device = torch.as_tensor(data), self.llm.embedding.weight.device
-        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    def beginning(self) -> KVCache:
+        """What all rows begin with, [bos] open: read once, but anew for each batch where a part of the LLM trains."""
+        trains = any(p.requires_grad for p in self.llm.parameters())
+        if self.kept is not None and not trains:
+            return self.kept
+        cache = self.llm.read(self.before)
+        self.kept = None if trains else cache
+        return cache
 
-    def inputs(self, batch, labels=None):
-        """Embed the rows [bos] open P text close prompt (label). labels: token ids of each row's label, or None.
+    def rows(self, batch, labels=None):
+        """Embed what stands behind the beginning: P text close prompt (label). labels: each row's, as token ids.
 
-        Returns x (B, S, C), the rows' lengths (B,) on the CPU, after which comes padding, and the pseudo tokens
-        (B, P, C).
+        Returns x (B, T, C), padded in front; which positions of beginning and x are real, (B, S) bool; and the pseudo
+        tokens (B, P, C).
         """
-        B, texts = len(batch.text), [self.text_ids(text) for text in batch.text]
-        rows = [text + self.after + label for text, label in zip(texts, labels or [[]] * B)]
-        longest = max(map(len, rows))
-        ids = self.put([row + [self.pad_id] * (longest - len(row)) for row in rows])
-        x = self.llm.embed(ids)                                         # behind the pseudo tokens, (B, longest, C)
-        n = self.put([[len(text)] for text in texts])                                             # (B, 1)
-        is_text = torch.arange(max(map(len, texts)), device=x.device) < n                         # (B, Lt)
-        mean = (x[:, :is_text.size(1)].float() * is_text[..., None]).sum(1) / n.clamp(min=1)      # (B, C)
-        features = map(self.put, (batch.audio, batch.audio_len, batch.video, batch.video_len))
-        pseudo = self.adapter(mean, *features)                                                    # (B, P, C)
-        before = self.beginning.x.expand(B, -1, -1)
-        x = torch.cat((before, pseudo.to(x.dtype), x), dim=1)                                     # (B, S, C)
-        return x, torch.tensor([before.size(1) + pseudo.size(1) + len(row) for row in rows]), pseudo
+        P, texts = self.adapter.config.pseudo_tokens, [self.text_ids(text) for text in batch.text]
+        rows = [[self.pad_id] * P + text + self.after for text in texts]
+        if labels is not None:
+            rows = [row + label for row, label in zip(rows, labels)]
+        T = max(map(len, rows))
+        x = self.llm.embed(self.tensor([[self.pad_id] * (T - len(row)) + row for row in rows]))  # (B, T, C)
+        place = self.tensor([range(len(row) - T, len(row)) for row in rows])        # in its row; padding: below 0
+        n = self.tensor([[len(text)] for text in texts])                                        # (B, 1)
+        is_text = (place >= P) & (place < P + n)                                                # (B, T)
+        mean = (x.float() * is_text[..., None]).sum(1) / n.clamp(min=1)                         # (B, C)
+        features = map(self.tensor, (batch.audio, batch.audio_len, batch.video, batch.video_len))
+        pseudo = self.adapter(mean, *features)                                                  # (B, P, C)
+        is_pseudo = (place >= 0) & (place < P)
+        x = x.masked_scatter(is_pseudo[..., None], pseudo.to(x.dtype))
+        return x, F.pad(place >= 0, (len(self.before), 0), value=True), pseudo
 
     def pseudo_tokens(self, batch):
         """The pseudo tokens (B, P, C) of a batch."""
-        return self.inputs(batch)[2]
+        return self.rows(batch)[2]
 
     def loss(self, batch, recompute: int = 0):
         """Cross-entropy of the label's tokens, mean over a row's, then over rows. recompute: see LLM.forward."""
         labels = [self.tokenizer.encode(self.label_text(y)) for y in batch.label]
-        x, lengths, _ = self.inputs(batch, labels)
         n = max(map(len, labels))
-        target = self.put([[-100] * (n - len(ids)) + ids for ids in labels])                      # (B, n)
-        past = self.beginning.length                                        # read once, for all rows
-        x, lengths = x[:, past:], lengths - past
-        at = self.put(lengths[:, None] - 1 - n + torch.arange(n))           # a position predicts the token after it
-        hidden = self.llm(x, cache=self.beginning, recompute=recompute, at=at, lengths=lengths)   # (B, n, C)
-        loss = F.cross_entropy(self.llm.logits(hidden).flatten(0, 1), target.flatten(), reduction="none")
-        return (loss.view_as(target).sum(1) / (target >= 0).sum(1)).mean()     # 0 where the target is -100
+        target = self.tensor([[-100] * (n - len(ids)) + ids for ids in labels])                 # (B, n)
+        x, real, _ = self.rows(batch, labels)
+        hidden = self.llm(x, real, self.beginning(), recompute, last=n + 1)                     # (B, n + 1, C)
+        logits = self.llm.logits(hidden[:, :-1].flatten(0, 1))      # a position predicts the token after it: (B * n, V)
+        loss = F.cross_entropy(logits, target.flatten(), reduction="none").view_as(target)
+        return (loss.sum(1) / (target >= 0).sum(1)).mean()          # it is 0 where the target is -100
 
     @torch.no_grad()
     def answer(self, batch) -> list[str]:
-        """What the LLM writes after each row, greedily, up to the length of a label or its end token.
-
-        official=True with ChatGLM3: each step after the first reads, after all that is cached already, not one new
-        token but the whole row and all new tokens, as in the release under transformers 4.36.
-        """
-        x, lengths, _ = self.inputs(batch)
-        mask = self.put(torch.arange(x.size(1)) < lengths[:, None])                               # (B, S)
-        ids = self.llm.generate(x, self.answer_len, mask, self.eos_id, self.read_next, self.beginning).tolist()
+        """What the LLM writes after each row, greedily, up to the length of a label or its end token."""
+        x, real, _ = self.rows(batch)
+        if self.reread:
+            ids = self.answer_rereading(x).tolist()
+        else:
+            ids = self.llm.generate(x, self.answer_len, real, self.eos_id, self.beginning()).tolist()
         ends = [row.index(self.eos_id) if self.eos_id in row else len(row) for row in ids]
         return [self.tokenizer.decode(row[:end]) for row, end in zip(ids, ends)]
 
-    def _reread(self, row, new):
-        x = torch.cat((row, self.llm.embed(new)), dim=1)
-        return x, torch.arange(x.size(1), device=x.device)[None]
+    def answer_rereading(self, x):
+        """The release's ChatGLM3 (transformers 4.36): each step reads the whole row and all new tokens again, from
+        position 0 on, and still sees what all steps before it read. Returns new tokens, (B, answer_len)."""
+        before = self.llm.embed(self.tensor([self.before] * len(x)))
+        row = torch.cat((before, x), dim=1)                                                     # (B, S, C)
+        cache, new = KVCache(self.llm.config.n_layer), self.tensor([[]] * len(x)).long()
+        for _ in range(self.answer_len):
+            cache.origin = cache.length
+            hidden = self.llm(torch.cat((row, self.llm.embed(new)), dim=1), cache=cache, last=1)
+            new = torch.cat((new, self.llm.logits(hidden).argmax(dim=-1)), dim=1)
+        return new
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Files
+# --- Files -----------------------------------------------------------------------------------------------------------
 
 
-FORMAT = "mse-adapter 1"
+def identity(llm, task, official: bool) -> dict:
+    """What an adapter is made for: a file's metadata, compared when it is loaded."""
+    sizes = f"{llm.config.family}, {llm.config.n_layer} layers, width {llm.config.dim}, weights {llm.fingerprint}"
+    mode = "official" if official else "default"
+    return {"format": "mse-adapter 1", "backbone": sizes, "task": task.name, "mode": mode}
 
 
 def save_adapter(path, net: MultimodalLLM):
     """Write the adapter's tensors to one .safetensors file, with all that loading must check in its metadata."""
-    meta = _identity(net.llm, net.task, net.official) | {"config": asdict(net.adapter.config)}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in net.adapter.state_dict().items()}
-    meta["sha256"] = _digest(meta, tensors)
+    meta = identity(net.llm, net.task, net.official)
+    meta |= {"config": asdict(net.adapter.config), "sha256": hashlib.sha256(save(tensors)).hexdigest()}
     write_atomic(path, save(tensors, {"mse-adapter": json.dumps(meta)}))    # one key: the order of several is random
-
-
-def _identity(llm, task, official: bool) -> dict:
-    sizes = f"{llm.config.family}, {llm.config.n_layer} layers, width {llm.config.dim}, weights {llm.fingerprint}"
-    return {"format": FORMAT, "backbone": sizes, "task": task.name, "mode": "official" if official else "default"}
-
-
-def _digest(meta: dict, tensors: dict) -> str:
-    numbers = b"".join(tensors[name].numpy().tobytes() for name in sorted(tensors))
-    return hashlib.sha256(json.dumps([meta, sorted(tensors)], sort_keys=True).encode() + numbers).hexdigest()
 
 
 def load_adapter(path, llm, tokenizer, task, official: bool = False) -> MultimodalLLM:
@@ -256,62 +252,49 @@ def load_adapter(path, llm, tokenizer, task, official: bool = False) -> Multimod
     mode, or if a tensor is missing, left over, misshapen or changed."""
     try:
         with safe_open(path, "pt") as file:
-            meta = json.loads((file.metadata() or {}).get("mse-adapter", "{}"))
+            meta = json.loads(file.metadata()["mse-adapter"])
             tensors = {name: file.get_tensor(name) for name in list(file.keys())}
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{path}: not a saved adapter ({error})") from None
-    for key, here in _identity(llm, task, official).items():
-        if meta.get(key) != here:
-            raise ValueError(f"{path}: the adapter's {key} is {meta.get(key)!r}, but here it is {here!r}")
-    try:
+        found = {key: meta[key] for key in identity(llm, task, official)}
         adapter = MSEAdapter(AdapterConfig(**meta["config"]))
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{path}: the adapter's config cannot be read ({error!r}); save or train it again") from None
-    _fill(adapter, tensors, path)
-    if meta.pop("sha256", None) != _digest(meta, tensors):
-        raise ValueError(f"{path}: its tensors are not those that were saved (sha256 differs); copy or train it again")
+        adapter.load_state_dict(tensors)                    # raises what is missing, unexpected or misshapen
+        if meta["sha256"] != hashlib.sha256(save(tensors)).hexdigest():
+            raise ValueError("its numbers are not those that were saved: the sha256 differs")
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path}: not a whole saved adapter ({error}); copy it again, or train again") from None
+    for key, here in identity(llm, task, official).items():
+        if found[key] != here:
+            raise ValueError(f"{path}: the adapter's {key} is {found[key]!r}, but here it is {here!r}")
     return MultimodalLLM(llm, adapter.to(llm.embedding.weight.device), tokenizer, task, official)
 
 
-def _fill(adapter: MSEAdapter, tensors: dict, path):
-    wanted = adapter.state_dict()
-    problems = [f"missing: {name}" for name in wanted if name not in tensors]
-    problems += [f"unexpected: {name}" for name in tensors if name not in wanted]
-    problems += [f"misshapen: {name} is {list(tensors[name].shape)}, expected {list(w.shape)}"
-                 for name, w in wanted.items() if name in tensors and tensors[name].shape != w.shape]
-    if problems:
-        raise ValueError(f"{path}: the tensors do not fit the adapter:\n  " + "\n  ".join(problems))
-    adapter.load_state_dict(tensors)
-
-
-_MSF = "mutli_scale_fusion"                                             # the release's spelling
-_LSTM = ("rnn.weight_ih_l0", "rnn.weight_hh_l0", "rnn.bias_ih_l0", "rnn.bias_hh_l0", "linear.weight", "linear.bias")
-OFFICIAL_NAMES = {                                                      # our parameter -> the release's
-    **{f"{m}.{part}": f"{m}_LSTM.{part}" for m in ("audio", "video") for part in _LSTM},
-    **{f"{ours}.{kind}": f"{theirs}.{kind}" for kind in ("weight", "bias") for ours, theirs in {
-        "mixer.text": "text_guide_mixer.text_mlp",
-        **{f"fusion.scales.{i}.{j}": f"{_MSF}.scale{i + 1}.{j}" for i in range(3) for j in (0, 2)},
-        "fusion.join": f"{_MSF}.integrating.Integrating_layer.0",
-        "project": f"{_MSF}.multi_scale_projector",
-        "spread": f"{_MSF}.projector"}.items()},
+LSTM_PARTS = ("rnn.weight_ih_l0", "rnn.weight_hh_l0", "rnn.bias_ih_l0", "rnn.bias_hh_l0", "linear.weight", "linear.bias")
+OFFICIAL_LAYERS = {                     # our layer -> the release's; the misspelling is theirs
+    "mixer.text": "text_guide_mixer.text_mlp",
+    **{f"fusion.scales.{i}.{j}": f"mutli_scale_fusion.scale{i + 1}.{j}" for i, j in product(range(3), (0, 2))},
+    "fusion.join": "mutli_scale_fusion.integrating.Integrating_layer.0",
+    "project": "mutli_scale_fusion.multi_scale_projector",
+    "spread": "mutli_scale_fusion.projector",
+}
+OFFICIAL_NAMES = {                      # our parameter -> the release's
+    **{f"{m}.{part}": f"{m}_LSTM.{part}" for m, part in product(("audio", "video"), LSTM_PARTS)},
+    **{f"{name}.weight": f"{theirs}.weight" for name, theirs in OFFICIAL_LAYERS.items()},
+    **{f"{name}.bias": f"{theirs}.bias" for name, theirs in OFFICIAL_LAYERS.items()},
 }
 
 
 def load_official(path, config: AdapterConfig) -> MSEAdapter:
     """Read a state dict of the release, a .pth (names prefixed `Model.` or not). Raises ValueError as load_adapter."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:          # whatever a damaged or hostile file provokes, it was refused
-        raise ValueError(f"{path}: not a state dict of tensors ({type(error).__name__}: {error})") from None
-    if not isinstance(state, dict) or not all(
-            isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in state.items()):
-        raise ValueError(f"{path}: not a state dict of tensors; expected the .pth that the release saves")
     ours = {theirs: name for name, theirs in OFFICIAL_NAMES.items()}
-    state = {name.removeprefix("Model."): tensor for name, tensor in state.items() if not name.endswith("inv_freq")}
-    tensors = {ours.get(name, name): tensor for name, tensor in state.items()}
-    join = tensors.get("fusion.join.weight")
-    if join is not None and join.shape == (1, 1, 1, 3):                 # the convolution's, against our (1, 3)
-        tensors["fusion.join.weight"] = join[0, 0]
-    adapter = MSEAdapter(config)
-    _fill(adapter, tensors, path)
+    adapter, tensors = MSEAdapter(config), {}
+    try:
+        for name, tensor in torch.load(path, map_location="cpu", weights_only=True).items():
+            name = name.removeprefix("Model.")
+            if name.endswith("Integrating_layer.0.weight") and tensor.shape == (1, 1, 1, 3):
+                tensor = tensor[0, 0]                       # the convolution's, against our (1, 3)
+            if not name.endswith("inv_freq"):               # a table of the frozen LLM's
+                tensors[ours.get(name, name)] = tensor
+        adapter.load_state_dict(tensors)
+    except Exception as error:          # whatever a damaged or hostile file provokes, it was refused
+        raise ValueError(f"{path}: not the adapter's state dict of tensors ({error}); give the .pth that the release "
+                         "saves") from None
     return adapter

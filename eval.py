@@ -25,11 +25,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from adapter import MultimodalLLM, load_adapter
 from data import FEATURES, HERE, TASKS, Split, Task, clean, collate, find_llm, load_split, load_tokenizer
-from model import KVCache, load_llm, write_atomic
+from model import load_llm, write_atomic
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Answers: the LLM's text -> a number, or None
@@ -298,30 +299,27 @@ def moments(probabilities: np.ndarray, task: Task) -> np.ndarray:
 def label_logprobs(net: MultimodalLLM, batch):
     """Log-probabilities (B, labels) of the task's legal labels behind each row, normalised over them.
 
-    The labels' tokens form a tree: "-0.1" and "-0.2" part at their last token. Each row is read once; one more
-    forward reads the tree's T inner nodes side by side behind it, each seeing the row and its own ancestors.
+    Each row is read once. Labels that differ in their last token alone ("-0.1", "-0.2") share a stem, which is read
+    behind the rows; what stands there says how probable each of its tokens, and each last one, is.
     """
-    nodes = dict.fromkeys(ids[:n] for n in range(net.answer_len) for ids in net.labels if n < len(ids))
-    root, *nodes = nodes                                        # a node is the tokens that lead to it
-    x, lengths, _ = net.inputs(batch)
-    (B, S, _), T, past, device = x.shape, len(nodes), net.beginning.length, x.device
-    lengths = net.put(lengths)
-    cache = KVCache(net.llm.config, B, S + T, device, x.dtype, net.beginning)
-    hidden = net.llm(x[:, past:], cache=cache, at=lengths[:, None] - 1 - past)                # (B, 1, C)
-    if nodes:
-        row = torch.arange(S, device=device) < lengths[:, None]                               # (B, S)
-        kin = torch.tensor([[a[:len(b)] == b for b in nodes] for a in nodes], device=device)  # a sees b
-        sees = torch.cat((row[:, None].expand(B, T, S), kin.expand(B, T, T)), dim=2)          # (B, T, S + T)
-        depth = torch.tensor([len(node) for node in nodes], device=device)
-        ids = torch.tensor([node[-1] for node in nodes], device=device)
-        tree = net.llm.embed(ids).expand(B, T, -1)
-        tree = net.llm(tree, sees[:, None], lengths[:, None] + depth - 1, cache)              # (B, T, C)
-        hidden = torch.cat((hidden, tree), dim=1)
-    scores = torch.zeros(B, len(net.labels), device=device)
-    for i, node in enumerate([root, *nodes]):
-        below = [k for k, ids in enumerate(net.labels) if ids[:len(node)] == node != ids]
-        after = net.llm.logits(hidden[:, i]).log_softmax(dim=-1)                              # (B, V)
-        scores[:, below] += after[:, [net.labels[k][len(node)] for k in below]]
+    x, real, _ = net.rows(batch)
+    cache = net.beginning().copy()
+    end = net.llm(x, real, cache, last=1)                                                     # (B, 1, C)
+    cache.frozen = True
+    stems = {}
+    for k, label in enumerate(net.labels):
+        stems.setdefault(tuple(label[:-1]), []).append(k)
+    scores = torch.zeros(len(x), len(net.labels), device=x.device)
+    for stem, labels in stems.items():
+        hidden = end
+        if stem:
+            behind = net.llm.embed(net.tensor([stem])).expand(len(x), -1, -1)
+            sees = F.pad(real, (0, len(stem)), value=True)
+            hidden = torch.cat((end, net.llm(behind, sees, cache)), dim=1)                    # (B, stem + 1, C)
+        after = net.llm.logits(hidden).log_softmax(dim=-1)                                    # (B, stem + 1, V)
+        path = sum(after[:, i, token] for i, token in enumerate(stem))                        # (B,), or 0
+        for k in labels:
+            scores[:, k] = path + after[:, -1, net.labels[k][-1]]
     return scores.log_softmax(dim=-1)
 
 

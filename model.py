@@ -2,25 +2,20 @@
 
     Config     the sizes, read from the checkpoint's own config.json
     LLM        embeddings -> blocks of attention and SwiGLU -> norm -> output head; greedy decoding from embeddings
-    KVCache    the keys and values of the positions already seen; Beginning: of those that all rows share
-    Packing    rows without the padding behind them
+    KVCache    the keys and values of the positions already read
     Recompute  gradient checkpointing, written by hand
     NAMES      our parameter names and each family's
-    load_llm   safetensors -> device, tensor by tensor, strict both ways
-    convert    .bin shards, which are pickles, -> safetensors, without running them
+    load_llm   .safetensors or .bin -> device, tensor by tensor, strict both ways
 
-    python model.py DIR                         what a checkpoint is
-    python model.py DIR --to-safetensors OUT    convert one that comes as .bin
+    python model.py DIR         what a checkpoint is
 
 The families differ by data (sizes, biases, the pairing of rotary channels, tensor names), never by class.
 
 Shapes: B rows, T new positions, S cached + new positions, C width (dim), H query heads, K key/value heads, D width of
 a head, R rotated channels of a head, V vocabulary, N real positions of all rows together.
 """
-import argparse
 import hashlib
 import json
-import math
 import os
 import re
 import sys
@@ -37,21 +32,10 @@ from safetensors import SafetensorError, safe_open
 # Config
 
 
-# What this transformer takes for granted. A config.json that sets one of these keys to anything else is refused.
-FIXED = {
-    "quantization_config": None, "quantization_bit": 0,                        # whole weights only
-    "rope_ratio": 1, "rotary_pct": 1.0, "partial_rotary_factor": 1.0, "original_rope": True,
-    "hidden_act": "silu", "use_sliding_window": False,
-    "attention_bias": False, "mlp_bias": False, "no_bias": True, "add_bias_linear": False,
-    "rmsnorm": True, "post_layer_norm": True, "apply_residual_connection_post_layernorm": False,
-    "multi_query_attention": True, "scale_attn_weights": True, "fp32_residual_connection": False,
-}
-
-
 @dataclass(frozen=True)
 class Config:
     """The sizes of a backbone and the few switches by which the families differ."""
-    family: str             # "llama", "qwen" (first generation), "qwen2" (Qwen1.5, 2, 2.5) or "chatglm" (ChatGLM3)
+    family: str             # model_type in config.json, a key of NAMES
     dim: int                # C
     n_layer: int
     n_head: int             # H
@@ -71,57 +55,69 @@ class Config:
     def from_dir(cls, path) -> "Config":
         """Read `path`/config.json. Raises ValueError for a family or a feature that this transformer does not have."""
         file = Path(path) / "config.json"
-        raw = _read_config(file)
-        family, kinds = raw["model_type"], {field.name: field.type for field in fields(cls)}
+        if not file.parent.is_dir():
+            raise ValueError(f"{file.parent}: no such folder; expected a checkpoint in Hugging Face layout")
+        raw = read_json(file)
+        check_features(raw, file)
+        family = raw["model_type"]
         try:
-            sizes = _FIELDS[family](raw)
-            wrong = [f"{name} is {value!r}, expected a positive number" for name, value in sizes.items()
-                     if value != kinds[name](value) or (value is not False and value <= 0)]
+            sizes = SIZES[family](raw)
+            wrong = [f"{f.name} is {sizes[f.name]!r}, expected a positive number"
+                     for f in fields(cls) if f.name in sizes and not is_size(sizes[f.name], f.type)]
             if not wrong and sizes["n_head"] % sizes["n_kv_head"]:
                 wrong = [f"{sizes['n_head']} heads cannot share {sizes['n_kv_head']} key/value heads evenly"]
         except KeyError as error:
             wrong = [f"the key {error} is missing, which the {family!r} models implemented here have"]
-        except (TypeError, ValueError, ZeroDivisionError) as error:
+        except (TypeError, ValueError, ZeroDivisionError, OverflowError) as error:
             wrong = [f"a size is not a positive number ({error})"]
         if wrong:
             raise ValueError(f"{file}: {', '.join(wrong)}; fetch the file again, or take another backbone")
         return cls(family=family, **sizes)
 
 
-def _read_config(file: Path) -> dict:
-    if not file.parent.is_dir():
-        raise ValueError(f"{file.parent}: no such folder; expected a checkpoint in Hugging Face layout")
-    if not file.is_file():
-        raise ValueError(f"{file}: not found; a checkpoint folder holds config.json, tokenizer and .safetensors files")
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file}: not valid JSON ({error}); fetch the file again from the model's page") from None
-    family = raw.get("model_type") if isinstance(raw, dict) else None
-    if family not in [*_FIELDS]:
+def is_size(value, kind: type) -> bool:
+    """Whether a value of config.json can be a field of this type: numbers are above 0, and what a tensor can hold."""
+    if kind is bool:
+        return isinstance(value, bool)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return 0 < value < 2**40 and value == kind(value)
+
+
+# What this transformer takes for granted. A config.json that sets one of these keys to anything else is refused.
+FIXED = {
+    "quantization_config": None, "quantization_bit": 0,                        # whole weights only
+    "rope_ratio": 1, "rotary_pct": 1.0, "partial_rotary_factor": 1.0, "original_rope": True,
+    "hidden_act": "silu", "use_sliding_window": False,
+    "attention_bias": False, "mlp_bias": False, "no_bias": True, "add_bias_linear": False,
+    "rmsnorm": True, "post_layer_norm": True, "apply_residual_connection_post_layernorm": False,
+    "multi_query_attention": True, "scale_attn_weights": True, "fp32_residual_connection": False,
+}
+
+
+def check_features(raw: dict, file: Path):
+    """Raise ValueError for a family or a feature that is not implemented. Newer files nest rotary keys: lift them."""
+    family = raw.get("model_type")
+    if family not in list(SIZES):
         raise ValueError(f"{file}: model_type is {family!r}; use a backbone of a family that is implemented: llama "
                          "(LLaMA, LLaMA2), qwen (Qwen), qwen2 (Qwen1.5, Qwen2, Qwen2.5) or chatglm (ChatGLM3)")
-    for key in ("rope_scaling", "rope_parameters"):     # newer files keep theta in the second, too
+    for key in ("rope_scaling", "rope_parameters"):
         rope = raw.get(key) or {}
         kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
         if kind != "default":
-            raise ValueError(f"{file}: {key} is {_short(rope)}, but only the plain rotary embedding is implemented; "
+            raise ValueError(f"{file}: {key} is {rope!r:.100}, but only the plain rotary embedding is implemented; "
                              "use a model trained without scaling (where it was added for long texts, delete the key)")
-        raw |= {k: rope[k] for k in ("rope_theta", "partial_rotary_factor") if k in rope}
+        raw |= {name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope}
     for key, value in FIXED.items():
         if raw.get(key) not in (None, value):
-            better = "its version in fp16, bf16 or fp32" if key.startswith("quantization") else "another of its family"
-            raise ValueError(f"{file}: {key} is {_short(raw[key])}, but only {_short(value)} is implemented; instead "
-                             f"of this model use {better}")
-    return raw
+            better = "another of its family"
+            if key.startswith("quantization"):
+                better = "its version in fp16, bf16 or fp32"
+            raise ValueError(f"{file}: {key} is {raw[key]!r:.100}, but only {value!r} is implemented; instead of this "
+                             f"model use {better}")
 
 
-def _short(value) -> str:
-    text = json.dumps(value)
-    return text if len(text) < 100 else text[:100] + " ..."
-
-
-def _llama_fields(raw: dict) -> dict:
+def llama_sizes(raw: dict) -> dict:
     heads = raw["num_attention_heads"]
     head_dim = raw.get("head_dim") or raw["hidden_size"] // heads
     return dict(
@@ -131,7 +127,11 @@ def _llama_fields(raw: dict) -> dict:
         rope_theta=raw.get("rope_theta") or 10000.0, rope_dim=head_dim, tied_head=bool(raw.get("tie_word_embeddings")))
 
 
-def _qwen_fields(raw: dict) -> dict:
+def qwen2_sizes(raw: dict) -> dict:
+    return llama_sizes(raw) | {"qkv_bias": True}
+
+
+def qwen_sizes(raw: dict) -> dict:
     # Beyond seq_length Qwen scales attention by log n and stretches the rotary base; up to it both are the identity.
     return dict(
         dim=raw["hidden_size"], n_layer=raw["num_hidden_layers"], n_head=raw["num_attention_heads"],
@@ -140,7 +140,7 @@ def _qwen_fields(raw: dict) -> dict:
         rope_theta=raw["rotary_emb_base"], rope_dim=raw["kv_channels"], qkv_bias=True)
 
 
-def _chatglm_fields(raw: dict) -> dict:
+def chatglm_sizes(raw: dict) -> dict:
     return dict(
         dim=raw["hidden_size"], n_layer=raw["num_layers"], n_head=raw["num_attention_heads"],
         head_dim=raw["kv_channels"], n_kv_head=raw["multi_query_group_num"], ffn_dim=raw["ffn_hidden_size"],
@@ -148,8 +148,7 @@ def _chatglm_fields(raw: dict) -> dict:
         rope_dim=raw["kv_channels"] // 2, rope_interleaved=True, qkv_bias=raw["add_qkv_bias"])
 
 
-_FIELDS = {"llama": _llama_fields, "qwen": _qwen_fields, "chatglm": _chatglm_fields,
-           "qwen2": lambda raw: {**_llama_fields(raw), "qkv_bias": True}}
+SIZES = {"llama": llama_sizes, "qwen2": qwen2_sizes, "qwen": qwen_sizes, "chatglm": chatglm_sizes}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -157,7 +156,7 @@ _FIELDS = {"llama": _llama_fields, "qwen": _qwen_fields, "chatglm": _chatglm_fie
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight, computed in fp32 whatever the dtype of x; on a GPU one kernel."""
+    """x / sqrt(mean(x^2) + eps) * weight, computed in fp32 whatever the dtype of x."""
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
@@ -178,118 +177,96 @@ def apply_rope(x, rope, interleaved: bool):
     """Turn the first R channels of each head of x (B, heads, T, D) by its position's angles; the others stay."""
     cos, sin = rope
     R = 2 * cos.size(-1)
-    turned = x[..., :R].float()
-    a, b = (turned[..., 0::2], turned[..., 1::2]) if interleaved else turned.chunk(2, dim=-1)   # (B, heads, T, R/2)
+    turned, rest = x[..., :R].float(), x[..., R:]
+    if interleaved:
+        a, b = turned[..., 0::2], turned[..., 1::2]                                               # (B, heads, T, R/2)
+    else:
+        a, b = turned.chunk(2, dim=-1)
     a, b = a * cos - b * sin, b * cos + a * sin
-    turned = torch.stack((a, b), dim=-1).flatten(-2) if interleaved else torch.cat((a, b), dim=-1)
-    return torch.cat((turned.type_as(x), x[..., R:]), dim=-1) if R < x.size(-1) else turned.type_as(x)
+    if interleaved:
+        turned = torch.stack((a, b), dim=-1).flatten(-2)
+    else:
+        turned = torch.cat((a, b), dim=-1)
+    return torch.cat((turned.type_as(x), rest), dim=-1)
 
 
 class KVCache:
-    """Keys and values of the positions already seen, allocated once for `max_len` of them. It may start with those of a
-    beginning that all rows share."""
+    """Keys and values of the positions already read, layer by layer; new ones are joined behind them.
 
-    def __init__(self, config: Config, rows: int, max_len: int, device, dtype, beginning: "Beginning | None" = None):
-        shape = (config.n_layer, rows, config.n_kv_head, max_len, config.head_dim)
-        self.k, self.v = (torch.empty(shape, device=device, dtype=dtype) for _ in range(2))
-        self.length = 0                                                 # positions filled
-        if beginning is not None:
-            self.length = beginning.length
-            self.k[:, :, :, :self.length], self.v[:, :, :, :self.length] = beginning.k, beginning.v
-
-    def append(self, layer: int, k, v):
-        """Store the keys and values (B, K, T, D) of T new positions; return those of all S positions of this layer."""
-        S = self.length + k.size(2)
-        assert S <= self.k.size(3), f"cache of {self.k.size(3)} positions is full, {S} wanted"
-        self.k[layer, :, :, self.length:S], self.v[layer, :, :, self.length:S] = k, v
-        self.length = S if layer == len(self.k) - 1 else self.length    # the last layer has them, too
-        return self.k[layer, :, :, :S], self.v[layer, :, :, :S]
-
-
-class Beginning:
-    """Embeddings, keys and values of a beginning that all rows share: computed once and never changed. Pass it to
-    LLM.forward as the cache, and the rows go on after it. Unlike a KVCache it stores nothing new, so gradients flow and
-    blocks may recompute."""
-
-    def __init__(self, llm: "LLM", ids: list[int]):
-        self.x = llm.embed(torch.tensor([ids], device=llm.embedding.weight.device))               # (1, T, C)
-        cache, self.length = KVCache(llm.config, 1, len(ids), self.x.device, self.x.dtype), len(ids)
-        with torch.no_grad():
-            llm(self.x, cache=cache)
-        self.k, self.v = cache.k, cache.v                                                         # (layers, 1, K, T, D)
-
-    def append(self, layer: int, k, v):
-        """In front of the keys and values (B, K, T, D) of new positions those of the beginning: (B, K, S, D)."""
-        k0, v0 = (past[layer].expand(len(k), -1, -1, -1) for past in (self.k, self.v))
-        return torch.cat((k0, k), dim=2), torch.cat((v0, v), dim=2)
-
-
-class Packing:
-    """Rows without the padding behind them. Attention wants rows, (B, T, C); whatever else a block does it does to each
-    position alone, and does it to the N real ones, (N, C)."""
-
-    def __init__(self, lengths, T: int, device):
-        """lengths: (B,), how many of each row's T positions are real; on the CPU, so that no GPU is waited for."""
-        self.rows = len(lengths)
-        real = (torch.arange(T) < lengths[:, None]).flatten().nonzero()[:, 0]
-        self.size, self.real = self.rows * T, real.to(device, non_blocking=True)                  # (N,)
-
-    def pack(self, x):
-        return x.flatten(0, 1).index_select(0, self.real)                                         # (B, T, C) -> (N, C)
-
-    def unpack(self, x):
-        rows = x.new_zeros(self.size, x.size(1)).index_copy_(0, self.real, x)
-        return rows.unflatten(0, (self.rows, -1))                                                 # (N, C) -> (B, T, C)
-
-
-def causal_attention(q, k, v, whole: bool, step: int = 64):
-    """Queries (B, H, T, D) of the last T of S positions look at keys and values (B, H, S, D) up to their own position.
-
-    Two ways to spare the hidden half. whole: torch's causal kernels for a GPU skip it, but want as many queries as
-    keys; those of the earlier positions are zeros and ask in vain. Otherwise: torch on a CPU computes what is hidden,
-    too, so `step` queries ask at a time, and no keys behind the last of them are there.
+    A frozen one stores nothing new: rows go on behind it, again and again. Its one row serves all rows of a batch.
     """
-    T, S = q.size(2), k.size(2)
-    if whole and T > 1:
-        return F.scaled_dot_product_attention(F.pad(q, (0, 0, S - T, 0)), k, v, is_causal=True)[:, :, S - T:]
-    slices = []
-    for start in range(0, T, step):
-        ask = q[:, :, start:start + step]                                                         # (B, H, n, D)
-        n, end = ask.size(2), S - T + start + ask.size(2)
-        sees = torch.ones(n, end, dtype=torch.bool, device=q.device).tril(end - n)
-        slices.append(F.scaled_dot_product_attention(ask, k[:, :, :end], v[:, :, :end], attn_mask=sees))
-    return torch.cat(slices, dim=2)                                                               # (B, H, T, D)
+
+    def __init__(self, n_layer: int):
+        self.layers = [None] * n_layer      # each (k, v), both (B or 1, K, S, D)
+        self.frozen = False
+        self.origin = 0                     # how many of the cached positions do not count: new ones start after them
+
+    @property
+    def length(self) -> int:
+        """Positions cached."""
+        if self.layers[-1] is None:
+            return 0
+        return self.layers[-1][0].size(2)
+
+    def extend(self, layer: int, k, v):
+        """Keys and values (B, K, T, D) of the new positions -> those of all S positions."""
+        if self.layers[layer] is not None:
+            k_past, v_past = (past.expand(len(k), -1, -1, -1) for past in self.layers[layer])
+            k, v = torch.cat((k_past, k), dim=2), torch.cat((v_past, v), dim=2)                   # (B, K, S, D)
+        if not self.frozen:
+            self.layers[layer] = k, v
+        return k, v
+
+    def copy(self) -> "KVCache":
+        """One that holds the same so far, and stores."""
+        copy = KVCache(len(self.layers))
+        copy.layers = list(self.layers)
+        return copy
+
+
+class Places(NamedTuple):
+    """Where the T new positions stand; the same for all blocks but the last."""
+    rope: tuple             # see rope_table
+    sees: torch.Tensor      # (B or 1, 1, T, S) bool: which positions each new one looks at
+    real: torch.Tensor | None       # (N,): the new positions of all rows, B * T in a line, without padding; None: all
+    last: int               # how many positions, from the end of each row, are wanted after the block
+
+
+def at_real(module, x, real):
+    """Apply a module that treats each position alone to the real ones of x (B, T, C); padding gets zeros."""
+    if real is None:
+        return module(x)
+    y = module(x.flatten(0, 1).index_select(0, real))                                             # (N, C')
+    rows = y.new_zeros(x.size(0) * x.size(1), y.size(1)).index_copy(0, real, y)
+    return rows.unflatten(0, x.shape[:2])                                                         # (B, T, C')
 
 
 class Attention(nn.Module):
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, layer: int):
         super().__init__()
-        self.config = config
+        self.config, self.layer = config, layer
         heads = config.n_head + 2 * config.n_kv_head
         self.qkv = nn.Linear(config.dim, heads * config.head_dim, bias=config.qkv_bias)
         self.out = nn.Linear(config.n_head * config.head_dim, config.dim, bias=False)
 
-    def forward(self, x, rope, mask, cache, layer, at=None, packing=None):
-        c, qkv = self.config, self.qkv(x)
-        qkv = packing.unpack(qkv) if packing else qkv
-        heads = qkv.unflatten(2, (-1, c.head_dim)).transpose(1, 2)                                # (B, H + 2K, T, D)
+    def forward(self, x, places: Places, cache: KVCache | None = None):
+        """Hidden states (B, T, C) -> what the wanted positions read, (B, last, C)."""
+        c, last = self.config, places.last
+        heads = at_real(self.qkv, x, places.real).unflatten(2, (-1, c.head_dim)).transpose(1, 2)  # (B, H + 2K, T, D)
         qk, v = heads.split([c.n_head + c.n_kv_head, c.n_kv_head], dim=1)
-        q, k = apply_rope(qk, rope, c.rope_interleaved).split([c.n_head, c.n_kv_head], dim=1)
+        q, k = apply_rope(qk, places.rope, c.rope_interleaved).split([c.n_head, c.n_kv_head], dim=1)
         if cache is not None:
-            k, v = cache.append(layer, k, v)                                                      # (B, K, S, D)
+            k, v = cache.extend(self.layer, k, v)                                                 # (B, K, S, D)
         if c.n_kv_head < c.n_head:      # query head h reads key/value head h // (H/K): 0 0 0 1 1 1, not 0 1 0 1 0 1
             k, v = (t.repeat_interleave(c.n_head // c.n_kv_head, dim=1) for t in (k, v))          # (B, H, S, D)
-        if at is not None:              # only the positions wanted ask, all answer; the mask is theirs
-            q = q.take_along_dim(at[:, None, :, None], dim=2)                                     # (B, H, n, D)
-        if mask is None:
-            h = causal_attention(q, k, v, whole=x.is_cuda)
-        else:
-            h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        h = h.transpose(1, 2).flatten(2)                                                          # (B, T or n, H * D)
-        return self.out(packing.pack(h) if packing and at is None else h)                         # (B, T or n, C)
+        h = F.scaled_dot_product_attention(q[:, :, -last:], k, v, attn_mask=places.sees[:, :, -last:])
+        h = h.transpose(1, 2).flatten(2)                                                          # (B, last, H * D)
+        return at_real(self.out, h, places.real if last == x.size(1) else None)                   # (B, last, C)
 
 
 class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
     def __init__(self, config: Config):
         super().__init__()
         self.gate_up = nn.Linear(config.dim, 2 * config.ffn_dim, bias=False)
@@ -297,24 +274,20 @@ class MLP(nn.Module):
 
     def forward(self, x):
         gate, up = self.gate_up(x).chunk(2, dim=-1)
-        h = F.silu(gate)
-        return self.down(h * up if torch.is_grad_enabled() else h.mul_(up))     # in place where no backward wants h
+        return self.down(F.silu(gate) * up)
 
 
 class Block(nn.Module):
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, layer: int):
         super().__init__()
-        self.attn_norm, self.attn = RMSNorm(config.dim, config.norm_eps), Attention(config)
+        self.attn_norm, self.attn = RMSNorm(config.dim, config.norm_eps), Attention(config, layer)
         self.mlp_norm, self.mlp = RMSNorm(config.dim, config.norm_eps), MLP(config)
 
-    def forward(self, x, rope, mask=None, cache=None, layer=0, at=None, packing=None):
-        """Hidden states (B, T, C), packed (N, C) -> those after the block, of all positions or, (B, n, C), of those
-        `at` (B, n)."""
-        h = self.attn(self.attn_norm(x), rope, mask, cache, layer, at, packing)
-        if at is not None:
-            x = (packing.unpack(x) if packing else x).take_along_dim(at[..., None], dim=1)        # (B, n, C)
-        x = x + h
-        return x + self.mlp(self.mlp_norm(x))
+    def forward(self, x, places: Places, cache: KVCache | None = None):
+        """Hidden states (B, T, C) -> those after the block at the wanted positions, (B, last, C)."""
+        real = places.real if places.last == x.size(1) else None
+        x = x[:, -places.last:] + self.attn(self.attn_norm(x), places, cache)
+        return x + at_real(self.mlp, self.mlp_norm(x), real)
 
 
 class Recompute(torch.autograd.Function):
@@ -325,19 +298,19 @@ class Recompute(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, block, *rest):
+    def forward(ctx, x, block, places, cache):
         assert not any(p.requires_grad for p in block.parameters()), "Recompute is for frozen blocks only"
+        assert cache is None or cache.frozen, "what is recomputed would be stored twice"
         ctx.save_for_backward(x)
-        ctx.run, ctx.others = lambda x: block(x, *rest), (None,) * (1 + len(rest))
-        return ctx.run(x)                                   # autograd is off in here: nothing of the block is kept
+        ctx.block, ctx.places, ctx.cache = block, places, cache
+        return block(x, places, cache)                      # autograd is off in here: nothing of the block is kept
 
     @staticmethod
     def backward(ctx, grad):
-        x, = ctx.saved_tensors
-        x = x.detach().requires_grad_()
+        x = ctx.saved_tensors[0].detach().requires_grad_()
         with torch.enable_grad():
-            y = ctx.run(x)
-        return torch.autograd.grad(y, x, grad)[0], *ctx.others
+            y = ctx.block(x, ctx.places, ctx.cache)
+        return torch.autograd.grad(y, x, grad)[0], None, None, None
 
 
 class LLM(nn.Module):
@@ -349,7 +322,7 @@ class LLM(nn.Module):
         self.fingerprint = ""           # of the weights on disk; load_llm sets it
         # nn.Embedding would draw the same numbers, but on the meta device it first imports a compiler, for two seconds.
         self.embedding = nn.Embedding.from_pretrained(torch.randn(config.vocab_size, config.dim))
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         if not config.tied_head:
             self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
@@ -361,87 +334,74 @@ class LLM(nn.Module):
 
     def logits(self, hidden):
         """Hidden states (..., C) -> scores of the next token (..., V) in fp32. Pass only the positions you need."""
-        return F.linear(hidden, (self.embedding if self.config.tied_head else self.head).weight).float()
+        head = self.embedding if self.config.tied_head else self.head
+        return F.linear(hidden, head.weight).float()
 
-    def forward(self, x, mask=None, positions=None, cache: KVCache | Beginning | None = None, recompute: int = 0,
-                at=None, lengths=None):
-        """Embeddings (B, T, C) -> hidden states after the last norm, (B, T, C) or (B, n, C).
+    def forward(self, x, mask=None, cache: KVCache | None = None, recompute: int = 0, last: int | None = None):
+        """Embeddings (B, T, C) -> hidden states after the last norm, (B, T, C), or of the `last` positions alone.
 
-        mask: (B, S) bool, False where a row is padding; None when there is none. positions: (B, T), by default each
-        row's count of real tokens. recompute: how many blocks, from the first on, keep only their input for backward.
-        at: which positions are wanted, (B, n), by default all; but for keys and values, the last block computes these
-        alone. Padding behind a row needs no mask: no real token looks that far ahead. lengths: (B,) on the CPU, real
-        positions of each row; with them, and with `at`, only attention computes that padding.
+        mask: (B, S) bool over cached and new positions, False where a row is padding, which stands in front of the
+        row; None when there is none. Only attention computes padding. recompute: how many blocks, from the first on,
+        keep only their input for backward. last: the wanted positions, from the end; the last block computes no others.
         """
-        T, past = x.size(1), cache.length if cache is not None else 0
-        if past + T > self.config.max_len:
-            raise ValueError(f"a row has {past + T} positions, but the backbone was trained for {self.config.max_len}; "
-                             "shorten the text or take another backbone")
-        if positions is None and mask is None:
-            positions = torch.arange(past, past + T, device=x.device)[None]                      # (1, T)
-        elif positions is None:
-            positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, past:]                           # (B, T)
-        rope, sees, wanted = rope_table(positions, self.config), attention_mask(mask, past, T, x.device), None
-        packing = None
-        if lengths is not None and int(lengths.min()) < T:
-            assert at is not None, "packed rows come back at the positions wanted"
-            packing = Packing(lengths, T, x.device)
-            x = packing.pack(x)                                                                   # (N, C)
+        T, config = x.size(1), self.config
+        last = T if last is None else last
+        places = self.places(x, mask, cache)
         for layer, block in enumerate(self.blocks):
-            if layer == self.config.n_layer - 1 and at is not None:
-                sees, wanted = attention_mask(mask, past, T, x.device, at), at
+            if layer == config.n_layer - 1:
+                places = places._replace(last=last)
             if layer < recompute and torch.is_grad_enabled():
-                assert not isinstance(cache, KVCache), "a KVCache stores; what is recomputed would be stored twice"
-                x = Recompute.apply(x, block, rope, sees, cache, layer, wanted, packing)
+                x = Recompute.apply(x, block, places, cache)
             else:
-                x = block(x, rope, sees, cache, layer, wanted, packing)
+                x = block(x, places, cache)
         return self.norm(x)
 
+    def places(self, x, mask, cache) -> Places:
+        """Where the new positions x (B, T, C) stand. A position is a row's count of real tokens before it."""
+        T = x.size(1)
+        past, origin = (0, 0) if cache is None else (cache.length, cache.origin)
+        S = past + T
+        if S - origin > self.config.max_len:
+            raise ValueError(f"a row has {S - origin} positions, but the backbone was trained for "
+                             f"{self.config.max_len}; shorten the text or take another backbone")
+        key = torch.arange(S, device=x.device)                                                    # (S,)
+        query = key[past:, None]                                                                  # (T, 1)
+        if mask is None:
+            return Places(rope_table(key[None, past:] - origin, self.config), (key <= query)[None, None], None, T)
+        positions = (mask.cumsum(dim=1) - 1 - origin).clamp(min=0)[:, past:]                      # (B, T)
+        sees = (key <= query) & mask[:, None, :] | (key == query)       # padding must look at something: itself
+        real = mask[:, past:].flatten().nonzero()[:, 0]                                           # (N,)
+        if len(real) == mask[:, past:].numel():
+            real = None
+        return Places(rope_table(positions, self.config), sees[:, None], real, T)
+
+    def read(self, ids: list[int]) -> KVCache:
+        """Read a beginning that rows share -> a frozen cache, behind which they go on."""
+        cache = KVCache(self.config.n_layer)
+        self(self.embed(torch.tensor([ids], device=self.embedding.weight.device)), cache=cache)
+        cache.frozen = True
+        return cache
+
     @torch.no_grad()
-    def generate(self, x, max_new_tokens: int, mask=None, eos_id: int | None = None, read_next=None,
-                 beginning: Beginning | None = None):
-        """Greedy decoding from embeddings x (B, T, C), padded on either side where mask (B, T) is False.
+    def generate(self, x, max_new_tokens: int, mask=None, eos_id: int | None = None, cache: KVCache | None = None):
+        """Greedy decoding from embeddings x (B, T, C), padded in front where the mask is False, see forward.
 
         Returns the new tokens alone, (B, at most max_new_tokens). A row that has written `eos_id` goes on with it, and
-        decoding ends when all rows have. read_next: a function of (x, new tokens) that gives what is read before the
-        next token, as embeddings and positions; by default the last new token. beginning: that of x, read already.
+        decoding ends when all rows have. cache: what was read before x; it is left as it is.
         """
-        B, T, _ = x.shape
-        row, positions = x, None
-        steps = max_new_tokens if read_next else 1      # read_next may read row and new tokens again, each time anew
-        cache = KVCache(self.config, B, (T + max_new_tokens) * steps, x.device, x.dtype, beginning)
-        done = torch.zeros(B, dtype=torch.bool, device=x.device)
-        new = torch.empty(B, 0, dtype=torch.long, device=x.device)
-        mask = torch.ones(B, T, dtype=torch.bool, device=x.device) if mask is None else mask.bool()
-        at = (mask * torch.arange(T, device=x.device)).amax(dim=1, keepdim=True)         # each row's last token, (B, 1)
-        sees = None if bool((mask[:, 1:] <= mask[:, :-1]).all()) else mask      # all padding behind: see forward
-        x, at = x[:, cache.length:], at - cache.length
-        while new.size(1) < max_new_tokens and not (eos_id is not None and bool(done.all())):
-            ids = self.logits(self(x, sees, positions, cache, at=at)[:, -1]).argmax(dim=-1)       # (B,)
+        cache = KVCache(self.config.n_layer) if cache is None else cache.copy()
+        done = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        new = torch.empty(len(x), 0, dtype=torch.long, device=x.device)
+        while new.size(1) < max_new_tokens and not bool(done.all()):
+            ids = self.logits(self(x, mask, cache, last=1)[:, -1]).argmax(dim=-1)                 # (B,)
             if eos_id is not None:
                 ids = ids.masked_fill(done, eos_id)
                 done = done | (ids == eos_id)
             new = torch.cat((new, ids[:, None]), dim=1)
-            x, positions = read_next(row, new) if read_next else (self.embed(new[:, -1:]), None)
-            sees = mask = F.pad(mask, (0, x.size(1)), value=True)
-            at = None
+            x = self.embed(new[:, -1:])                                                           # (B, 1, C)
+            if mask is not None:
+                mask = F.pad(mask, (0, 1), value=True)
         return new
-
-
-def attention_mask(mask, past: int, T: int, device, at=None):
-    """Which of S positions each of the T new ones, or of those `at` (B, n), may look at: bool (B or 1, 1, T or n, S),
-    or None for plain causal. mask: (B, S) bool of real tokens, or None; (B, 1, T, S) is taken as it is.
-    """
-    if mask is not None and mask.dim() == 4:
-        return mask
-    if mask is None and at is None:
-        return None
-    key = torch.arange(past + T, device=device)                                                   # (S,)
-    query = (key[None, past:] if at is None else past + at)[..., None]                            # (B or 1, T or n, 1)
-    if mask is None:
-        return (key <= query)[:, None]
-    # A padding position must look at something: itself.
-    return ((key <= query) & mask[:, None, :] | (key == query))[:, None]                          # (B, 1, T or n, S)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -488,20 +448,196 @@ NAMES = {
         "head.weight": ["transformer.output_layer.weight"],
     },
 }
-INDEX = {".safetensors": "model.safetensors.index.json", ".bin": "pytorch_model.bin.index.json"}
-FLOATS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-PIECE = 1 << 23             # numbers of a tensor that are read at a time
-ROTARY_TABLES = ("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq")     # of published checkpoints
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+ROTARY_TABLES = ("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq")     # of published checkpoints; see rope_table
 
 
-def write_atomic(path, data):
-    """Write a file such that after a crash at any moment it is whole: the old one or the new one. data: bytes, or an
-    iterable of pieces of them."""
+def load_llm(path, device="cpu", dtype=torch.float32) -> LLM:
+    """Load a checkpoint folder (config.json and .safetensors or .bin files) onto `device` in `dtype`, frozen.
+
+    Raises ValueError that names every missing, unused or misshapen tensor with both shapes and the file.
+    """
+    path = Path(path)
+    llm = empty_llm(path)
+    stored = stored_tensors(path)
+    check_tensors(path, llm, stored)
+    weights, seal = {}, hashlib.sha256()
+    for name, parameter in llm.state_dict().items():
+        weights[name] = torch.empty(parameter.shape, device=device, dtype=dtype)
+        start = 0
+        for source in sources(llm.config.family, name):
+            tensor = read_tensor(source, stored[source].file)
+            weights[name][start:start + len(tensor)].copy_(tensor)
+            start += len(tensor)
+            seal.update(tensor.flatten()[:1024].contiguous().view(torch.uint8).numpy().tobytes())
+    llm.load_state_dict(weights, assign=True)
+    llm.requires_grad_(False)
+    llm.fingerprint = seal.hexdigest()[:16]                 # the first 1024 numbers of every tensor, as stored
+    return llm
+
+
+def empty_llm(path) -> LLM:
+    """The backbone that a folder's config.json describes, without memory for its weights."""
+    with torch.device("meta"):
+        return LLM(Config.from_dir(path))
+
+
+def sources(family: str, name: str) -> list[str]:
+    """The checkpoint's names for a parameter: blocks.7.mlp.down.weight -> [model.layers.7.mlp.down_proj.weight]."""
+    layer = re.search(r"(?<=^blocks\.)\d+", name)
+    if layer is None:
+        return NAMES[family][name]
+    key = name.replace(layer[0], "{}", 1)
+    return [source.format(layer[0]) for source in NAMES[family][key]]
+
+
+class Stored(NamedTuple):
+    """A tensor of a checkpoint: where it lies and what it is, but not its numbers."""
+    file: Path
+    shape: list
+    dtype: torch.dtype | str        # as the file names it if it is none of FLOATS
+
+
+def stored_tensors(path: Path) -> dict[str, Stored]:
+    """What a folder's weight files hold, by the tensors' names: .safetensors or, where there are none, .bin."""
+    files, homes = weight_files(path)
+    stored = {}
+    for file in files:
+        for name, tensor in list_tensors(file).items():
+            if homes.get(name, file.name) != file.name:
+                continue                                    # the index says that it lies in another file
+            if name in stored:
+                raise ValueError(f"{path}: {name} is in {stored[name].file.name} and in {file.name}; keep the file "
+                                 "that belongs to this checkpoint")
+            stored[name] = tensor
+    return stored
+
+
+def weight_files(path: Path) -> tuple[list[Path], dict]:
+    """A folder's weight files, and its index: tensor name -> file name; {} where there is none."""
+    for kind, pattern in (("model.safetensors", "*.safetensors"), ("pytorch_model.bin", "pytorch_model*.bin")):
+        index = path / f"{kind}.index.json"
+        homes = {}
+        files = sorted(path.glob(pattern))
+        if index.is_file():
+            homes = read_json(index).get("weight_map")
+            named = [] if not isinstance(homes, dict) else sorted(set(map(str, homes.values())))
+            if not named or any(Path(name).name != name for name in named):
+                raise ValueError(f"{index}: expected a weight_map of tensors to files of this folder; fetch it again")
+            files = [path / name for name in named]
+        for file in files:
+            if not file.is_file():
+                raise ValueError(f"{file}: named in {index.name}, but missing; finish the download, or delete the "
+                                 "index if the weights beside it are whole")
+        if files:
+            return files, homes
+    raise ValueError(f"{path}: no .safetensors and no pytorch_model*.bin file there; fetch the model's weights")
+
+
+def list_tensors(file: Path) -> dict[str, Stored]:
+    """What one file holds. Raises ValueError for anything but plain dense tensors; nothing in it is run."""
+    with open(file, "rb") as start:
+        if start.read(7) == b"version":
+            raise ValueError(f"{file}: a git-lfs pointer, not the weights; run `git lfs pull` or fetch the file")
+    if file.suffix == ".bin":
+        return {name: Stored(file, list(tensor.shape), tensor.dtype) for name, tensor in read_bin(file).items()}
+    try:
+        with safe_open(file, "pt") as shard:
+            parts = {name: shard.get_slice(name) for name in list(shard.keys())}
+            return {name: Stored(file, part.get_shape(), FLOATS.get(part.get_dtype(), part.get_dtype()))
+                    for name, part in parts.items()}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file}: not a whole .safetensors file ({error}); finish the download") from None
+
+
+def read_tensor(name: str, file: Path):
+    """One tensor of a file. The file is mapped anew each time, for what was read through a mapping takes memory until
+    that is closed."""
+    if file.suffix == ".bin":
+        return read_bin(file)[name]
+    with safe_open(file, "pt") as shard:
+        return shard.get_tensor(name)
+
+
+def read_bin(file: Path) -> dict[str, torch.Tensor]:
+    """A file of torch.save, memory-mapped: plain dense tensors only, and nothing in it is run."""
+    try:
+        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:          # whatever a damaged or hostile file provokes, it was refused
+        asked = re.search(r"GLOBAL ([\w.]+)", str(error))
+        reason = f"it wants {asked[1]}" if asked else str(error).split("\n")[0][:300]
+        raise ValueError(f"{file}: not a whole file of plain tensors ({reason}); nothing in it was run; fetch it "
+                         "again, from a source that you trust, or the model's .safetensors") from None
+    if not isinstance(tensors, dict):
+        raise ValueError(f"{file}: holds a {type(tensors).__name__}, expected names and tensors; fetch the file again")
+    for name, x in tensors.items():
+        if not is_plain(x) or not isinstance(name, str):
+            raise ValueError(f"{file}: {name!r:.100} is no plain dense tensor; use the model's version in fp16, bf16 "
+                             "or fp32")
+    return {name: x.detach() for name, x in tensors.items()}
+
+
+def is_plain(x) -> bool:
+    """Whether x is a tensor of numbers that lie in the file as they are."""
+    if type(x) not in (torch.Tensor, nn.Parameter) or x.layout != torch.strided or x.device.type != "cpu":
+        return False
+    return not (x.is_quantized or x.is_nested or x.is_neg() or x.is_conj())
+
+
+def check_tensors(path: Path, llm: LLM, stored: dict[str, Stored]):
+    """Raise ValueError that lists whatever is missing, left over, or of another shape or kind than config.json asks."""
+    odd = [name for name, tensor in stored.items() if tensor.dtype not in FLOATS.values()]
+    if odd:
+        raise ValueError(f"{path}: {odd[0]} in {stored[odd[0]].file.name} is {stored[odd[0]].dtype}, {len(odd)} of "
+                         f"{len(stored)} tensors are not {', '.join(FLOATS)}; quantised weights (GPTQ, AWQ, ...) are "
+                         "not implemented, use the model's version in fp16, bf16 or fp32")
+    config, asked = llm.config, {}
+    for name, parameter in llm.state_dict().items():
+        names, (rows, *rest) = sources(config.family, name), parameter.shape
+        heights = [rows // len(names)] * len(names)
+        if len(names) == 3:                                 # queries, keys and values
+            heights = [n * config.head_dim for n in (config.n_head, config.n_kv_head, config.n_kv_head)]
+        asked |= {source: [height, *rest] for source, height in zip(names, heights)}
+    embedding, head = (sources(config.family, f"{name}.weight")[0] for name in ("embedding", "head"))
+    if config.tied_head and head in stored:                 # some publish the embedding a second time
+        asked[head] = asked[embedding]
+    problems = [f"missing: {name}" for name in asked if name not in stored]
+    problems += [f"misshapen: {name} is {stored[name].shape} in {stored[name].file.name}, config.json asks for {shape}"
+                 for name, shape in asked.items() if name in stored and stored[name].shape != shape]
+    problems += [f"unused: {name} in {tensor.file.name}" for name, tensor in stored.items()
+                 if name not in asked and not name.endswith(ROTARY_TABLES)]
+    if problems:
+        raise ValueError(f"{path}: the weights do not fit config.json:\n  " + "\n  ".join(problems))
+    if config.tied_head and head in stored and not torch.equal(*(
+            read_tensor(name, stored[name].file) for name in (head, embedding))):
+        raise ValueError(f"{path}: tie_word_embeddings in config.json says that the output head is the embedding, but "
+                         f"{head} is not {embedding}; fetch the checkpoint again")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def read_json(file: Path) -> dict:
+    """A JSON file that holds an object. Raises ValueError with the file's name for anything else."""
+    if not file.is_file():
+        raise ValueError(f"{file}: not found; fetch or write it again")
+    try:
+        found = json.loads(file.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: not valid JSON ({error}); fetch or write it again") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{file}: holds a JSON {type(found).__name__}, expected an object; fetch or write it again")
+    return found
+
+
+def write_atomic(path, data: bytes):
+    """Write a file such that after a crash at any moment it is whole: the old one or the new one."""
     path = Path(path)
     draft = path.with_name(f".{path.name}.new")
     try:
         with open(draft, "wb") as file:
-            file.writelines([data] if isinstance(data, bytes) else data)
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(draft, path)
@@ -509,262 +645,26 @@ def write_atomic(path, data):
         draft.unlink(missing_ok=True)                       # a full disk needs the room
         what = f"{error.strerror} while writing; what was there before is intact"
         raise OSError(error.errno, what, str(path)) from None
-    folder = os.open(path.parent, os.O_RDONLY)              # the new name, too, must reach the disk
-    os.fsync(folder)
-    os.close(folder)
-
-
-def load_llm(path, device="cpu", dtype=torch.float32) -> LLM:
-    """Load a checkpoint folder (config.json and one or many .safetensors files) onto `device` in `dtype`, frozen.
-
-    Raises ValueError that names every missing, unused or misshapen tensor with both shapes and the file.
-    """
-    llm, path = _on_meta(path), Path(path)
-    stored = _stored(_shards(path, ".safetensors"))
-    if not stored:
-        advice = f"convert the .bin files, which are pickles: python model.py {path} --to-safetensors OUT" if (
-            list(path.glob("*.bin"))) else "fetch the model's weights"
-        raise ValueError(f"{path}: no .safetensors file there, and loading opens no other; {advice}")
-    _check_tensors(path, llm, stored)
-    head, embedding = (_sources(llm.config.family, f"{name}.weight")[0] for name in ("head", "embedding"))
-    if llm.config.tied_head and head in stored and not all(
-            bool((a == b).all()) for a, b in zip(_pieces(head, stored[head]), _pieces(embedding, stored[embedding]))):
-        raise ValueError(f"{path}: tie_word_embeddings in config.json says that the output head is the embedding, but "
-                         f"{head} is not {embedding}; fetch the checkpoint again")
-    weights, seal = {}, hashlib.sha256()
-    for name, parameter in llm.state_dict().items():
-        weights[name] = torch.empty(parameter.shape, device=device, dtype=dtype)
-        start = 0
-        for source in _sources(llm.config.family, name):
-            for i, piece in enumerate(_pieces(source, stored[source])):
-                weights[name][start:start + len(piece)].copy_(piece)
-                start += len(piece)
-                if i == 0:
-                    seal.update(_beginning(piece))
-    llm.load_state_dict(weights, assign=True)
-    llm.requires_grad_(False)
-    llm.fingerprint = seal.hexdigest()[:16]                 # the first 1024 numbers of every tensor, as stored
-    return llm
-
-
-def _on_meta(path) -> LLM:
-    """The backbone that a folder's config.json describes, without memory for its weights."""
-    with torch.device("meta"):
-        return LLM(Config.from_dir(path))
-
-
-def _sources(family: str, name: str) -> list[str]:
-    """The checkpoint's names for a parameter: blocks.7.mlp.down.weight -> [model.layers.7.mlp.down_proj.weight]."""
-    layer = name.split(".")[1] if name.startswith("blocks.") else ""
-    key = name.replace(f"blocks.{layer}.", "blocks.{}.") if layer else name
-    return [source.format(layer) for source in NAMES[family][key]]
-
-
-def _shards(path: Path, kind: str) -> list[Path]:
-    """A folder's weight files of one kind (a key of INDEX): those that its index names, or what lies there."""
-    index = path / INDEX[kind]
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            files = [path / name for name in names if name.endswith(kind) and name == Path(name).name]
-        except (ValueError, KeyError, AttributeError, TypeError):
-            names, files = [], []
-        if not files or len(files) < len(names):
-            raise ValueError(f"{index}: not a shard index: expected a weight_map to {kind} files of this folder; fetch "
-                             "it again")
-    else:
-        files = sorted(path.glob("*.safetensors" if kind == ".safetensors" else "pytorch_model*.bin"))
-        if any("-of-" in file.name for file in files):
-            raise ValueError(f"{path}: {len(files)} shards without {index.name}, which comes last; finish the "
-                             "download, or start the conversion that wrote them again")
-    for file in files:
-        if not file.is_file():
-            raise ValueError(f"{file}: this shard is named in {index.name} but missing; finish the download")
-        with open(file, "rb") as start:
-            if start.read(7) == b"version":
-                raise ValueError(f"{file}: a git-lfs pointer, not the weights; run `git lfs pull` or fetch the file")
-    return files
-
-
-class Stored(NamedTuple):
-    """A tensor of a checkpoint: where it lies and what it is, but not its numbers."""
-    file: Path
-    dtype: str              # as safetensors names it
-    shape: list
-
-
-def _stored(files: list[Path]) -> dict[str, Stored]:
-    """What the files hold, by the tensors' names."""
-    stored = {}
-    for file in files:
-        if file.suffix == ".bin":
-            stored |= {name: Stored(file, FLOATS.get(tensor.dtype, str(tensor.dtype)), list(tensor.shape))
-                       for name, tensor in _read_bin(file).items()}
-            continue
-        try:
-            with safe_open(file, "pt") as shard:
-                parts = {name: shard.get_slice(name) for name in list(shard.keys())}
-                stored |= {name: Stored(file, part.get_dtype(), part.get_shape()) for name, part in parts.items()}
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file}: not a whole .safetensors file ({error}); finish the download") from None
-    return stored
-
-
-def _pieces(name: str, tensor: Stored):
-    """The rows of a tensor, some at a time. The file is mapped anew for each piece, because what has been read through
-    a mapping takes memory until that is closed."""
-    rows = max(1, PIECE // math.prod(tensor.shape[1:]))
-    for start in range(0, tensor.shape[0], rows):
-        with safe_open(tensor.file, "pt") as shard:
-            yield shard.get_slice(name)[start:start + rows]
-
-
-def _beginning(tensor) -> bytes:
-    """Its first 1024 numbers, as stored."""
-    return tensor.flatten()[:1024].contiguous().view(torch.uint8).numpy().tobytes()
-
-
-def _check_tensors(path: Path, llm: LLM, stored: dict[str, Stored]):
-    """Raise ValueError that lists whatever is missing, left over, or of another shape or kind than config.json asks."""
-    odd = [name for name, tensor in stored.items() if tensor.dtype not in FLOATS.values()]
-    if odd:
-        raise ValueError(f"{path}: {odd[0]} in {stored[odd[0]].file.name} is {stored[odd[0]].dtype}, {len(odd)} of "
-                         f"{len(stored)} tensors are not {', '.join(FLOATS.values())}; quantised weights (GPTQ, AWQ, "
-                         "...) are not implemented, use the model's version in fp16, bf16 or fp32")
-    config, asked = llm.config, {}
-    for name, parameter in llm.state_dict().items():
-        sources, (rows, *rest) = _sources(config.family, name), parameter.shape
-        heads = (config.n_head, config.n_kv_head, config.n_kv_head)
-        heights = [rows // len(sources)] * len(sources) if len(sources) < 3 else [n * config.head_dim for n in heads]
-        asked |= {source: [height, *rest] for source, height in zip(sources, heights)}
-    head, = _sources(config.family, "head.weight")
-    if config.tied_head and head in stored:                 # some publish the embedding a second time
-        asked[head] = [config.vocab_size, config.dim]
-    problems = [f"missing: {name}" for name in asked if name not in stored]
-    problems += [f"misshapen: {name} is {stored[name].shape} in {stored[name].file.name}, config.json asks for {shape}"
-                 for name, shape in asked.items() if name in stored and stored[name].shape != shape]
-    # Published checkpoints also carry their rotary tables, which rope_table computes.
-    problems += [f"unused: {name} in {tensor.file.name}" for name, tensor in stored.items()
-                 if name not in asked and not name.endswith(ROTARY_TABLES)]
-    if problems:
-        raise ValueError(f"{path}: the weights do not fit config.json:\n  " + "\n  ".join(problems))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What a checkpoint is, and how one of .bin files becomes one of .safetensors
-
-
-# File: the kind of tokenizer it makes, in the order in which they are looked for.
-TOKENIZERS = {"qwen.tiktoken": "byte-level BPE", "tokenizer.model": "sentencepiece",
-              "merges.txt": "byte-level BPE, with vocab.json", "tokenizer.json": "byte-level BPE"}
-
-
-def describe(path):
-    """Print what a checkpoint is. Raises ValueError if its weights are there, but not as config.json asks for them."""
-    llm, path = _on_meta(path), Path(path)
-    c = llm.config
-    print(f"family      {c.family}")
-    print(f"sizes       {c.n_layer} layers of width {c.dim}, {c.n_head} heads of {c.head_dim} ({c.n_kv_head} for keys "
-          f"and values), MLP {c.ffn_dim}, vocabulary {c.vocab_size}, {c.max_len} positions")
-    print(f"parameters  {sum(p.numel() for p in llm.parameters()):,}")
-    name = next((name for name in TOKENIZERS if (path / name).is_file()), None)
-    print(f"tokenizer   {f'{name} ({TOKENIZERS[name]})' if name else 'none in this folder'}", flush=True)
-    files = _shards(path, ".safetensors") or _shards(path, ".bin")
-    if not files:
-        return print("weights     none in this folder")
-    stored = _stored(files)
-    _check_tensors(path, llm, stored)
-    dtypes, kind = ", ".join(sorted({tensor.dtype for tensor in stored.values()})), files[0].suffix
-    print(f"weights     {sum(file.stat().st_size for file in files):,} bytes of {dtypes} in {len(files)} {kind} "
-          f"file{'s'[:len(files) > 1]}{'; --to-safetensors makes them loadable' if kind == '.bin' else ''}")
-
-
-def convert(path, out):
-    """Write the checkpoint of .bin shards in `path` as .safetensors shards to the folder `out`.
-
-    After an interruption call it again: it goes on with the first shard that is not there. The index is written last,
-    and load_llm refuses shards without one. Raises ValueError before anything is written if a file is not what it
-    should be.
-    """
-    llm, path, out = _on_meta(path), Path(path), Path(out)
-    files = _shards(path, ".bin")
-    if not files:
-        raise ValueError(f"{path}: no pytorch_model*.bin there to convert; fetch the model's weights")
-    _check_tensors(path, llm, _stored(files))
-    targets = [out / f"model-{i:05}-of-{len(files):05}.safetensors" for i in range(1, len(files) + 1)]
-    if strangers := sorted(set(out.glob("*.safetensors")) - set(targets)):
-        raise ValueError(f"{strangers[0]}: not of this conversion; choose a folder without .safetensors files")
-    out.mkdir(parents=True, exist_ok=True)
-    home = {}                                               # each tensor's new file
-    for file, target in zip(files, targets):
-        tensors = {name: tensor for name, tensor in _read_bin(file).items() if not name.endswith(ROTARY_TABLES)}
-        seal = hashlib.sha256(b"".join(name.encode() + _beginning(tensor) for name, tensor in tensors.items()))
-        metadata = {"format": "pt", "source": seal.hexdigest()}
-        try:
-            with safe_open(target, "pt") as shard:
-                whole = shard.metadata() == metadata
-        except FileNotFoundError:
-            write_atomic(target, _safetensors(tensors, metadata))
-            whole = True
-        except SafetensorError:
-            whole = False
-        if not whole:
-            raise ValueError(f"{target}: not made from {file}; delete it, or choose another folder")
-        home |= dict.fromkeys(tensors, target.name)
-        print(f"{file.name} -> {target}", flush=True)
-    for file in path.iterdir():                             # config.json and whatever belongs to a tokenizer
-        if file.suffix in (".json", ".txt", ".model", ".tiktoken") and not file.name.endswith(".index.json"):
-            write_atomic(out / file.name, file.read_bytes())
-    write_atomic(out / INDEX[".safetensors"], json.dumps({"metadata": {}, "weight_map": home}, indent=1).encode())
-
-
-def _read_bin(file: Path) -> dict[str, torch.Tensor]:
-    """A file of torch.save: plain dense tensors only, and nothing in it is run. Memory-mapped, unless it is of the old
-    format (before torch 1.6), which must be read whole."""
-    with open(file, "rb") as start:
-        mapped = start.read(4) == b"PK\3\4"
-    try:
-        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
-    except Exception as error:          # whatever a damaged or hostile file provokes, it was refused
-        asked = re.search(r"GLOBAL ([\w.]+)", str(error))
-        reason = f"it wants {asked[1]}" if asked else str(error).split("\n")[0] or type(error).__name__
-        raise ValueError(f"{file}: not a whole file of plain tensors ({reason}); nothing in it was run; fetch it "
-                         "again, from a source that you trust") from None
-    if not isinstance(tensors, dict):
-        raise ValueError(f"{file}: holds a {type(tensors).__name__}, expected names and tensors; fetch the file again")
-    for name, x in tensors.items():
-        if not isinstance(name, str) or type(x) not in (torch.Tensor, nn.Parameter) or x.layout != torch.strided or (
-                x.is_quantized or x.is_nested or x.is_neg() or x.device.type != "cpu"):
-            kind = f"{x.layout} {x.dtype} on {x.device}" if isinstance(x, torch.Tensor) else type(x).__name__
-            raise ValueError(f"{file}: {name!r} is a {kind}, expected a plain dense tensor; use the model's version in "
-                             "fp16, bf16 or fp32")
-    return {name: x.detach() for name, x in tensors.items()}
-
-
-def _safetensors(tensors: dict[str, torch.Tensor], metadata: dict[str, str]):
-    """The pieces of a .safetensors file: the header's length, the header in JSON, each tensor's bytes. One tensor at a
-    time is copied, and only where it is a view whose numbers do not lie in a row."""
-    names = sorted(tensors, key=lambda name: -tensors[name].itemsize)   # the widest first, so that all are aligned
-    header, end = {"__metadata__": metadata}, 0
-    for name in names:
-        x, start, end = tensors[name], end, end + tensors[name].nbytes
-        header[name] = {"dtype": FLOATS[x.dtype], "shape": list(x.shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    yield len(text).to_bytes(8, "little") + text
-    for name in names:
-        yield tensors[name].contiguous().flatten().view(torch.uint8).numpy()
+    if os.name == "posix":                                  # the new name, too, must reach the disk
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
 
 
 def main():
-    parser = argparse.ArgumentParser(description="What a checkpoint is; with --to-safetensors, convert it.")
-    parser.add_argument("path", metavar="DIR", help="a checkpoint folder in Hugging Face layout")
-    parser.add_argument("--to-safetensors", metavar="OUT", help="write its .bin weights as .safetensors to this folder")
-    options = parser.parse_args()
-    if options.to_safetensors:
-        convert(options.path, options.to_safetensors)
-        options.path = options.to_safetensors
-    describe(options.path)
+    """Print what a checkpoint is. Raises ValueError if its weights are not as config.json asks for them."""
+    if len(sys.argv) != 2:
+        raise ValueError("expected one checkpoint folder: python model.py DIR")
+    path = Path(sys.argv[1])
+    llm = empty_llm(path)
+    for name, value in vars(llm.config).items():
+        print(f"{name:18} {value}")
+    print(f"{'parameters':18} {sum(p.numel() for p in llm.parameters()):,}", flush=True)
+    stored = stored_tensors(path)
+    check_tensors(path, llm, stored)
+    files = sorted({tensor.file for tensor in stored.values()})
+    size = sum(file.stat().st_size for file in files)
+    print(f"{'weights':18} {size:,} bytes in {len(files)} files: {', '.join(file.name for file in files)}")
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ from adapter import AdapterConfig, MSEAdapter, MultimodalLLM, load_adapter, save
 from data import FAMILIES, FEATURES, HERE, SPLITS, TASKS, Split, collate, epoch_rows, fetch_data, fetch_llm
 from data import find_llm, load_split, load_tokenizer, preset
 from eval import DECODE, READOUT, ablation, collapsed, evaluate, feature_range, write_results
-from model import Config, load_llm, rope_table, write_atomic
+from model import Config, load_llm, write_atomic
 
 try:
     import fcntl
@@ -183,8 +183,8 @@ def check_finite(loss, net: MultimodalLLM, parts: list):
     if math.isfinite(float(loss)):
         return
     with torch.no_grad():
-        x, lengths, pseudo = net.inputs(parts[0])
-        hidden = net.llm(x, at=net.put(lengths[:, None] - 1))        # of each row's last token, not of padding
+        x, mask, pseudo = net.rows(parts[0])
+        hidden = net.llm(x, mask, net.beginning(), last=1)
         way = [*(("adapter parameter " + name, p) for name, p in net.adapter.named_parameters()),
                ("pseudo tokens", pseudo), ("hidden states", hidden), ("logits", net.llm.logits(hidden[:, -1]))]
     name = next((name for name, tensor in way if not bool(torch.isfinite(tensor).all())), "loss")
@@ -210,8 +210,8 @@ def activation_bytes(llm) -> tuple[int, int]:
     """Bytes per token that a block keeps for backward: (as it is, with recomputation). Measured on one short row."""
     tokens, weight, block = 64, llm.embedding.weight, llm.blocks[0]
     x = torch.ones(1, tokens, llm.config.dim, dtype=weight.dtype, device=weight.device).requires_grad_()
-    rope = rope_table(torch.arange(tokens, device=weight.device)[None], llm.config)
-    return kept_bytes(block, lambda: block(x, rope)) // tokens, llm.config.dim * weight.element_size()
+    places = llm.places(x, None, None)
+    return kept_bytes(block, lambda: block(x, places)) // tokens, llm.config.dim * weight.element_size()
 
 
 def free_bytes(device: str) -> int:
@@ -227,7 +227,7 @@ def plan_recompute(net: MultimodalLLM, train: Split, settings: Settings) -> int:
     """How many blocks recompute; says why."""
     n = net.llm.config.n_layer
     longest = sorted(range(len(train)), key=lambda i: -len(train.text[i]))[:settings.micro_batch or settings.batch_size]
-    tokens = net.inputs(collate(train, longest))[0].shape[:2].numel()
+    tokens = net.rows(collate(train, longest))[0].shape[:2].numel()
     plain, least = activation_bytes(net.llm)
     free = free_bytes(settings.device)
     excess = tokens * n * plain - 0.8 * free

@@ -105,10 +105,10 @@ def test_the_row_is_worded_as_in_the_release(golden):
     assert net.after == info["after_ids"] + info["task_prompt_ids"]
     assert [net.label_text(y) for y in info["labels"]] == info["label_text"]
     assert net.answer_len == info["max_new_tokens"]
-    x, lengths, pseudo = net.inputs(golden.batch, out["label_ids"].tolist())
-    before, after = (torch.tensor(ids).expand(4, -1) for ids in (net.before, net.after))
-    before, *behind = (golden.llm.embed(ids) for ids in (before, out["text_ids"], after, out["label_ids"]))
-    assert lengths.tolist() == [x.size(1)] * 4 and torch.equal(x, torch.cat((before, pseudo, *behind), dim=1))
+    x, mask, pseudo = net.rows(golden.batch, out["label_ids"].tolist())
+    after = torch.tensor(net.after).expand(4, -1)
+    behind = [golden.llm.embed(ids) for ids in (out["text_ids"], after, out["label_ids"])]
+    assert mask.all() and torch.equal(x, torch.cat((pseudo, *behind), dim=1))
 
 
 EN_CLASS = "Please recognize the emotion of the above multimodal content from the"
@@ -174,8 +174,8 @@ def test_forward(golden):
         close(net.pseudo_tokens(golden.batch), out["pseudo_tokens"])
         for name, tensor in seen.items():
             close(tensor, out[name])
-        x, _, _ = net.inputs(golden.batch, out["label_ids"].tolist())
-        hidden = golden.llm(x)[:, -out["label_ids"].size(1) - 1:-1]
+        x, mask, _ = net.rows(golden.batch, out["label_ids"].tolist())
+        hidden = golden.llm(x, mask, net.beginning())[:, -out["label_ids"].size(1) - 1:-1]
         logprob = golden.llm.logits(hidden).log_softmax(dim=-1)
     close(logprob.gather(-1, out["label_ids"][..., None])[..., 0], out["label_logprob"], 1e-4)
     close(logprob.gather(-1, out["top_ids"]), out["top_logprob"], 1e-4)
@@ -196,9 +196,11 @@ def test_loss_and_gradients(golden):
 
 def test_answers(golden):
     net = golden.net()
-    x, _, _ = net.inputs(golden.batch)
-    read_next = net.read_next if golden.info["family"] == "chatglm3" else None      # plain decoding but for ChatGLM3
-    assert net.llm.generate(x, net.answer_len, None, net.eos_id, read_next).tolist() == golden.info["generated_ids"]
+    if not net.reread:                  # plain decoding, but for ChatGLM3
+        before = golden.llm.embed(torch.tensor([net.before])).expand(4, -1, -1)
+        x = torch.cat((before, net.rows(golden.batch)[0]), dim=1)
+        ids = golden.llm.generate(x, net.answer_len, eos_id=net.eos_id)
+        assert ids.tolist() == golden.info["generated_ids"]
     assert net.answer(golden.batch) == golden.info["generated_text"]
 
 
