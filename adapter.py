@@ -10,9 +10,9 @@
 
     the LLM reads      [bos] open  P_1 .. P_P  text  close prompt  ->  label
 
-Where paper and release differ, this follows the release, which made the published numbers. Shapes: B rows, T length of a
-row behind [bos] open, La / Lv frames, Da / Dv features of a frame, Lt text tokens, C the LLM's width, P pseudo tokens, n
-tokens of the longest label.
+Where paper and release differ, this follows the release, which made the published numbers. Shapes: B rows, T length
+of a row behind [bos] open, S of a whole row, La / Lv frames, Da / Dv features of a frame, Lt text tokens, C the LLM's
+width, P pseudo tokens, n tokens of the longest label.
 """
 import hashlib
 import json
@@ -26,7 +26,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from model import KVCache, write_atomic
-
 
 @dataclass(frozen=True)
 class AdapterConfig:
@@ -43,9 +42,7 @@ class AdapterConfig:
     modality: str = "both"              # or only "audio", only "video"
     independent_tokens: bool = False    # a linear layer from M~ to each pseudo token, no scaled copies of one vector
 
-
 # --- The method ------------------------------------------------------------------------------------------------------
-
 
 class SequenceEncoder(nn.Module):
     """x = W h_last(LSTM(features)) + b: one layer, one direction, the state after the last real frame."""
@@ -59,11 +56,10 @@ class SequenceEncoder(nn.Module):
         """Features (B, L, D), `lengths` (B,) of them real -> (B, 256). Length 0: the modality is missing."""
         if x.size(-1) != self.rnn.input_size:
             raise ValueError(f"{x.size(-1)} features in a frame, but the adapter was made for {self.rnn.input_size}; "
-                             "use the data that it was trained on, or train again")
+                             "use data like that of its training, or train again")
         states = self.rnn(x)[0]         # (B, L, hidden), of padding, too: simpler and faster than packed sequences
         h = states.take_along_dim(lengths.clamp(min=1)[:, None, None] - 1, dim=1)[:, 0]         # (B, hidden)
         return self.linear(h * (lengths > 0)[:, None])      # a missing modality has the state 0: x = b
-
 
 class TextGuideMixer(nn.Module):
     """M = x_a * t + x_v * t, t = W_t mean(text embeddings) + b_t: the text says which channels of the others count."""
@@ -75,7 +71,6 @@ class TextGuideMixer(nn.Module):
     def forward(self, text, audio, video):
         t = self.text(text)                                 # (B, C) -> (B, 256)
         return audio * t + video * t
-
 
 class MultiScaleFusion(nn.Module):
     """M~ = conv([m_1, m_2, m_3]), m_i = W2_i gelu(W1_i M): three widths, one 3-tap filter shared by all channels."""
@@ -90,7 +85,6 @@ class MultiScaleFusion(nn.Module):
     def forward(self, m):
         scales = torch.stack([scale(m) for scale in self.scales], dim=-1)                       # (B, 256, 3)
         return self.join(scales)[..., 0]                                                        # (B, 256)
-
 
 class MSEAdapter(nn.Module):
     """The plug-in, the only part that trains."""
@@ -116,9 +110,7 @@ class MSEAdapter(nn.Module):
             return h.unflatten(1, (self.config.pseudo_tokens, -1))                              # (B, P, C)
         return self.spread(h[..., None]).transpose(1, 2)    # P_k = w_k h + c_k: scaled copies of one vector
 
-
 # --- The adapter in front of the LLM ---------------------------------------------------------------------------------
-
 
 class MultimodalLLM(nn.Module):
     """A frozen LLM behind an adapter, for one task.
@@ -152,7 +144,7 @@ class MultimodalLLM(nn.Module):
         self.kept = None                                    # see beginning
 
     def tensor(self, numbers):
-        return torch.as_tensor(numbers, device=self.llm.embedding.weight.device)
+        return torch.as_tensor(numbers, device=self.llm.embed.weight.device)
 
     def text_ids(self, text: str) -> list[int]:
         """The tokens of a row's text, cut at the task's length; in the release padded to it on the left."""
@@ -228,9 +220,7 @@ class MultimodalLLM(nn.Module):
             new = torch.cat((new, self.llm.logits(hidden).argmax(dim=-1)), dim=1)
         return new
 
-
 # --- Files -----------------------------------------------------------------------------------------------------------
-
 
 def identity(llm, task, official: bool) -> dict:
     """What an adapter is made for: a file's metadata, compared when it is loaded."""
@@ -238,14 +228,12 @@ def identity(llm, task, official: bool) -> dict:
     mode = "official" if official else "default"
     return {"format": "mse-adapter 1", "backbone": sizes, "task": task.name, "mode": mode}
 
-
 def save_adapter(path, net: MultimodalLLM):
     """Write the adapter's tensors to one .safetensors file, with all that loading must check in its metadata."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in net.adapter.state_dict().items()}
     meta = identity(net.llm, net.task, net.official)
     meta |= {"config": asdict(net.adapter.config), "sha256": hashlib.sha256(save(tensors)).hexdigest()}
-    write_atomic(path, save(tensors, {"mse-adapter": json.dumps(meta)}))    # one key: the order of several is random
-
+    write_atomic(path, save(tensors, {"mse-adapter": json.dumps(meta)}))    # one key: several have no fixed order
 
 def load_adapter(path, llm, tokenizer, task, official: bool = False) -> MultimodalLLM:
     """Read a file of save_adapter. Raises ValueError, with both values, if it was made for another backbone, task or
@@ -264,23 +252,23 @@ def load_adapter(path, llm, tokenizer, task, official: bool = False) -> Multimod
     for key, here in identity(llm, task, official).items():
         if found[key] != here:
             raise ValueError(f"{path}: the adapter's {key} is {found[key]!r}, but here it is {here!r}")
-    return MultimodalLLM(llm, adapter.to(llm.embedding.weight.device), tokenizer, task, official)
+    return MultimodalLLM(llm, adapter.to(llm.embed.weight.device), tokenizer, task, official)
 
-
-LSTM_PARTS = ("rnn.weight_ih_l0", "rnn.weight_hh_l0", "rnn.bias_ih_l0", "rnn.bias_hh_l0", "linear.weight", "linear.bias")
-OFFICIAL_LAYERS = {                     # our layer -> the release's; the misspelling is theirs
+LSTM_PARTS = ("rnn.weight_ih_l0", "rnn.weight_hh_l0", "rnn.bias_ih_l0", "rnn.bias_hh_l0")
+OFFICIAL_LAYERS = {                     # our layer: the release's; the misspelling is theirs
+    "audio.linear": "audio_LSTM.linear",
+    "video.linear": "video_LSTM.linear",
     "mixer.text": "text_guide_mixer.text_mlp",
     **{f"fusion.scales.{i}.{j}": f"mutli_scale_fusion.scale{i + 1}.{j}" for i, j in product(range(3), (0, 2))},
     "fusion.join": "mutli_scale_fusion.integrating.Integrating_layer.0",
     "project": "mutli_scale_fusion.multi_scale_projector",
     "spread": "mutli_scale_fusion.projector",
 }
-OFFICIAL_NAMES = {                      # our parameter -> the release's
-    **{f"{m}.{part}": f"{m}_LSTM.{part}" for m, part in product(("audio", "video"), LSTM_PARTS)},
-    **{f"{name}.weight": f"{theirs}.weight" for name, theirs in OFFICIAL_LAYERS.items()},
-    **{f"{name}.bias": f"{theirs}.bias" for name, theirs in OFFICIAL_LAYERS.items()},
+OFFICIAL_NAMES = {                      # our parameter: the release's
+    **{f"{kind}.{part}": f"{kind}_LSTM.{part}" for kind, part in product(("audio", "video"), LSTM_PARTS)},
+    **{f"{ours}.weight": f"{theirs}.weight" for ours, theirs in OFFICIAL_LAYERS.items()},
+    **{f"{ours}.bias": f"{theirs}.bias" for ours, theirs in OFFICIAL_LAYERS.items()},
 }
-
 
 def load_official(path, config: AdapterConfig) -> MSEAdapter:
     """Read a state dict of the release, a .pth (names prefixed `Model.` or not). Raises ValueError as load_adapter."""
@@ -295,6 +283,5 @@ def load_official(path, config: AdapterConfig) -> MSEAdapter:
                 tensors[ours.get(name, name)] = tensor
         adapter.load_state_dict(tensors)
     except Exception as error:          # whatever a damaged or hostile file provokes, it was refused
-        raise ValueError(f"{path}: not the adapter's state dict of tensors ({error}); give the .pth that the release "
-                         "saves") from None
+        raise ValueError(f"{path}: not a state dict that the release saves ({error}); give its .pth") from None
     return adapter

@@ -555,7 +555,7 @@ PROMPTS = ("Once upon a time", "The capital of France is", "1 + 1 =", "今天天
 def embed_prompt(llm, tokenizer, task: Task, text: str):
     """A text behind the backbone's own first tokens, (1, T, C)."""
     ids = [tokenizer.token_id(name) for name in task.wording(llm.config.family).bos] + tokenizer.encode(text)
-    return llm.embed(torch.tensor([ids], device=llm.embedding.weight.device))
+    return llm.embed(torch.tensor([ids], device=llm.embed.weight.device))
 
 
 def ask(net: MultimodalLLM, text: str, new_tokens: int = 100) -> str:

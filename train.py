@@ -208,7 +208,7 @@ def kept_bytes(module, run) -> int:
 
 def activation_bytes(llm) -> tuple[int, int]:
     """Bytes per token that a block keeps for backward: (as it is, with recomputation). Measured on one short row."""
-    tokens, weight, block = 64, llm.embedding.weight, llm.blocks[0]
+    tokens, weight, block = 64, llm.embed.weight, llm.blocks[0]
     x = torch.ones(1, tokens, llm.config.dim, dtype=weight.dtype, device=weight.device).requires_grad_()
     places = llm.places(x, None, None)
     return kept_bytes(block, lambda: block(x, places)) // tokens, llm.config.dim * weight.element_size()

@@ -72,7 +72,7 @@ def transformers_twin(llm: LLM):
     assert len(weights) >= len(NAMES["llama"])
     twin.load_state_dict(weights, assign=True)
     rotary = twin.model.rotary_emb                          # its tables are no part of the state: make them for real
-    twin.model.rotary_emb = type(rotary)(config=config).to(llm.embedding.weight.device)
+    twin.model.rotary_emb = type(rotary)(config=config).to(llm.embed.weight.device)
     return twin.requires_grad_(False).eval()
 
 
@@ -179,7 +179,7 @@ def compare(llm, tokenizer, task, args):
 def scaling(llm, device: str):
     """Cost of a forward and backward through the backbone, by rows and tokens, and its memory by recomputed blocks."""
     def run(rows, tokens, recompute=0):
-        x = torch.zeros(rows, tokens, llm.config.dim, dtype=llm.embedding.weight.dtype, device=device)
+        x = torch.zeros(rows, tokens, llm.config.dim, dtype=llm.embed.weight.dtype, device=device)
         x = x.normal_().requires_grad_()
         at = torch.tensor([[tokens - 2, tokens - 1]] * rows, device=device)
         llm(x, recompute=recompute, at=at).float().sum().backward()
@@ -197,7 +197,7 @@ def scaling(llm, device: str):
         print(f"{rows:4} " + "".join(f"{1e6 * seconds(rows, n) / rows / n:13.1f}" for n in sizes))
     print("8 rows of 200 tokens\nrecomputed blocks   kept for backward   forward and backward")
     layers = llm.config.n_layer
-    x = torch.zeros(8, 200, llm.config.dim, dtype=llm.embedding.weight.dtype, device=device).requires_grad_()
+    x = torch.zeros(8, 200, llm.config.dim, dtype=llm.embed.weight.dtype, device=device).requires_grad_()
     for k in sorted({0, layers // 4, layers // 2, 3 * layers // 4, layers}):
         kept = kept_bytes(llm, partial(llm, x, recompute=k))
         print(f"{k:17} {kept / 2**20:15.0f} MiB {seconds(8, 200, k):20.2f} s")

@@ -442,7 +442,7 @@ def test_a_changed_backbone_is_noticed(run, monkeypatch, capsys):
     adapter = random_adapter(AdapterConfig(llm.config.dim, 4, 6, 5, 3, 2))
     net = MultimodalLLM(llm, adapter, load_tokenizer(DEMO), TASKS["demo"])
     batch, fresh = collate(rows(net.task), range(4)), eval.fingerprints(net.llm, net.tokenizer, net.task)
-    llm.embedding.weight.data[3, 7] *= 1 + 1e-6                         # of a byte that no prompt has
+    llm.embed.weight.data[3, 7] *= 1 + 1e-6                         # of a byte that no prompt has
     with pytest.raises(ValueError, match="backbone changed: 1 of .* behind the adapter"):
         eval.check_backbone(net, fresh, batch)
     fresh = eval.fingerprints(net.llm, net.tokenizer, net.task)
