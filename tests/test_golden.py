@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from adapter import OFFICIAL_NAMES, AdapterConfig, MultimodalLLM, load_official
 from data import TASKS, Batch, load_tokenizer, preset
 from model import load_llm
-from train import Settings, learning_rate, make_optimizer, train_step
+from train import learning_rate, make_optimizer, train_step
 
 GOLDEN = HERE / "golden"
 SPECIAL = {
@@ -170,8 +170,11 @@ def test_answers(golden):
 
 def train(net, batch, rates):
     """The losses of train.py's steps on one batch, one step per learning rate."""
-    optimizer, scaler = make_optimizer(net, Settings()), torch.amp.GradScaler("cpu", enabled=False)
-    return torch.stack([train_step(net, optimizer, scaler, [batch], rate) for rate in rates])
+    optimizer, scaler, losses = make_optimizer(net), torch.amp.GradScaler("cpu", enabled=False), []
+    for rate in rates:
+        optimizer.param_groups[0]["lr"] = rate
+        losses.append(train_step(net, optimizer, scaler, batch))
+    return torch.stack(losses)
 
 
 def test_twenty_training_steps(golden):
