@@ -29,7 +29,7 @@ import torch
 from tqdm import tqdm
 
 from adapter import AdapterConfig, MSEAdapter, MultimodalLLM, save_adapter
-from data import HERE, SPLITS, TASKS, Split, collate, epoch_rows, fetch_data, fetch_llm
+from data import FEATURES, HERE, SPLITS, TASKS, Split, collate, epoch_rows, fetch_data, fetch_llm
 from data import find_llm, load_split, load_tokenizer, preset
 from eval import DECODE, READOUT, ablation, collapsed, evaluate, feature_range, read_json, write_results
 from model import Config, load_llm, write_atomic
@@ -66,7 +66,7 @@ def count(text: str) -> int:
 
 @dataclass
 class Settings:
-    """Everything that shapes a run. None: the release's value for the task and family (`preset` in data.py)."""
+    """Everything that shapes a run. None: the release's value for task and family (`preset` in data.py)."""
     data: str = setting(str, "demo", "task", TASKS)
     data_dir: str | None = setting(str, None, "folder with the published files somewhere below")
     llm: str | None = setting(str, None, "backbone: a checkpoint folder or a hub name")
@@ -175,12 +175,13 @@ def check_finite(loss, net: MultimodalLLM):
     if not math.isfinite(loss):
         broken = [name for name, p in net.adapter.named_parameters() if not p.isfinite().all()]
         broken.append("what the backbone makes of the pseudo tokens")
-        raise ValueError(f"the loss is {float(loss)}: first not finite: {broken[0]}; the last good adapter is "
-                         "kept, try a smaller --learning-rate or --dtype float32")
+        raise ValueError(f"the loss is {float(loss)}: first not finite: {broken[0]}; the last good adapter "
+                         "is kept, try a smaller --learning-rate or --dtype float32")
 
 
 def kept_by_block(c: Config) -> int:
-    """Numbers per token that a frozen block keeps for backward, at most. Linear layers keep none: no weight trains."""
+    """Numbers per token that a frozen block keeps for backward; fewer where heads share keys and values."""
+    # Linear layers keep nothing, for no weight trains.
     norms = 2 * c.dim                           # their inputs
     attention = 6 * c.n_head * c.head_dim       # q and k, turned; qkv, of which v is a part; the output
     mlp = 3 * c.ffn_dim                         # gate, silu(gate), up
@@ -223,10 +224,10 @@ class Run:
             torch.manual_seed(seed)
             adapter, best = MSEAdapter(config).to(s.device), MSEAdapter(config).to(s.device)
         self.net = MultimodalLLM(llm, adapter, tokenizer, task, s.official)
-        self.best = MultimodalLLM(llm, best, tokenizer, task, s.official)       # with the best epoch's adapter
+        self.best = MultimodalLLM(llm, best, tokenizer, task, s.official)   # with the best epoch's adapter
         self.optimizer = make_optimizer(self.net)
         self.scaler = torch.amp.GradScaler(torch.device(s.device).type, enabled=s.dtype == "float16")
-        self.parts = (adapter, best, self.optimizer, self.scaler)               # whatever has a state
+        self.parts = (adapter, best, self.optimizer, self.scaler)           # whatever has a state
         self.log = []               # an entry per finished epoch
         self.step = 0               # steps taken in the epoch under way
         self.loss_sum = 0.0         # over those steps; a tensor, so that no step waits for the GPU
@@ -256,7 +257,7 @@ class Run:
             file = files.pop()
             print(f"{file}: damaged (its sha256 is not the one in its name), using the state before it")
             if not files:
-                raise ValueError(f"{self.folder}: no undamaged state to go on from; start again with --overwrite")
+                raise ValueError(f"{self.folder}: no undamaged state is left; start again with --overwrite")
         if not files:
             return
         loaded = torch.load(files[-1], map_location="cpu", weights_only=True)
@@ -268,7 +269,7 @@ class Run:
 
 
 def fit(run: Run, train: Split, valid: Split):
-    """Train until the epochs or the patience run out. Leaves the best adapter in run.best and in the folder."""
+    """Train until the epochs or the patience run out. Leaves the best adapter in run.best and the folder."""
     s = run.settings
     recompute = plan_recompute(run.net, train, s)
     run.load()
@@ -334,7 +335,7 @@ def uninterrupted():
 
 @contextmanager
 def locked(folder: Path):
-    """Only one process at a time works in a run's folder. The lock goes with the process, however that ends."""
+    """Only one process at a time works in a run's folder. The lock goes with the process, however it ends."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as file:
         try:
@@ -373,7 +374,7 @@ def publish(run: Run):
 
 
 def curves(log: list, metric: str, best_epoch: int) -> str:
-    """Loss, learning rate and validation score by epoch as an SVG picture, legible on light and dark pages."""
+    """Loss, learning rate and validation score by epoch as an SVG picture, for light and dark pages."""
     picture = ('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 840 200" font-family="sans-serif" '
                'font-size="12" fill="#777">\n')
     titles = {"loss": "training loss", "learning_rate": "learning rate at the epoch's end",
@@ -408,7 +409,8 @@ PUBLISHED = {
     ("chatglm", "cherma"): {"accuracy": (.7290, .0055), "weighted_f1": (.7273, .0062)},
     ("llama", "cherma"): {"accuracy": (.7158, .0119), "weighted_f1": (.7141, .0135)},
 }
-WRITTEN = ("results.json", "state-*", "*.csv", "metrics*.json", "features.json", "settings.json")
+WRITTEN = ("results.json", "state-*", "adapter.safetensors", "log.jsonl", "curves.svg", "predictions*.csv",
+           "metrics*.json", "features.json", "settings.json")
 
 
 def train_run(settings: Settings, seed: int, llm, tokenizer, splits: dict) -> dict:
@@ -420,7 +422,9 @@ def train_run(settings: Settings, seed: int, llm, tokenizer, splits: dict) -> di
     identity |= {f"{name}_sha256": digest(split) for name, split in splits.items()}
     compare(folder / "settings.json", identity)
     if (folder / "results.json").is_file():
-        record = read_json(folder / "results.json", ("family", "data", "line"))
+        record = read_json(folder / "results.json", ("seed", "family", "data", "line"))
+        if not all(isinstance(value, str | int | float) for value in record.values()):
+            raise ValueError(f"{folder / 'results.json'}: damaged; train again with --overwrite")
         print(f"seed {seed}: finished before, left alone (--overwrite discards it); test {record['line']}")
     else:
         write_atomic(folder / "settings.json", json.dumps(identity, indent=1).encode())
@@ -437,7 +441,7 @@ def train_run(settings: Settings, seed: int, llm, tokenizer, splits: dict) -> di
 
 
 def test(run: Run, split: Split) -> dict:
-    """Answer the test split with the best epoch's adapter, in all ways of decoding. Returns the run's record."""
+    """Answer the test split with the best epoch's adapter, in all ways of decoding. Returns the record."""
     s, results = run.settings, {}
     for decode in sorted(DECODE, key=lambda decode: decode != s.decode):        # first the run's own
         results[decode] = evaluate(run.best, split, s.eval_batch, f"test, {decode}", decode, s.readout)
@@ -450,12 +454,13 @@ def test(run: Run, split: Split) -> dict:
     for line in ablation(run.best, split, s.eval_batch, s.decode, s.readout):
         print(line, flush=True)
     backbone, family = Path(s.llm or run.task.llm).name, run.net.llm.config.family
+    peak = torch.cuda.max_memory_allocated(s.device) if s.device.startswith("cuda") else 0
     return {"seed": run.seed, "backbone": backbone, "family": family,
             "data": s.data, "official": s.official, "device": s.device, "dtype": s.dtype,
             **{f"test_{name}": value for name, value in result.scores.items()},
             "test_rows": len(split), "test_unparsed": result.unparsed, "line": result.line(),
             "best_epoch": run.best_epoch(), "epochs": len(run.log), "seconds": run.log[-1]["seconds"],
-            "gpu_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2), "torch": torch.__version__}
+            "gpu_gib": round(peak / 2**30, 2), "torch": torch.__version__}
 
 
 def remove(folder: Path, *patterns: str):
@@ -465,10 +470,12 @@ def remove(folder: Path, *patterns: str):
 
 
 def digest(split: Split) -> str:
-    """Of all texts, labels and lengths, and of three or four frames of each row: all may be many gigabytes."""
+    """Of all texts, labels and lengths, and of some frames of each row: all may be many gigabytes."""
     seal = hashlib.sha256(repr([split.text, split.label, split.audio_len, split.video_len]).encode())
-    for x in [*split.audio, *split.video]:
-        seal.update(x[::max(1, len(x) // 3)].tobytes())
+    for kind in FEATURES:
+        for row in range(len(split)):
+            x = split.features(kind, row)
+            seal.update(x[::max(1, len(x) // 3)].tobytes())
     return seal.hexdigest()[:16]
 
 
@@ -477,12 +484,12 @@ def compare(file: Path, settings: dict):
     before = read_json(file) if file.is_file() else settings
     for name, value in settings.items():
         if name not in FREE and before.get(name) != value:
-            raise ValueError(f"{file.parent}: begun with {name} {before.get(name)!r:.60}, now {value!r:.60}; take "
-                             "the same settings and data, choose another --out, or discard it with --overwrite")
+            raise ValueError(f"{file.parent}: begun with {name} {before.get(name)!r:.60}, now {value!r:.60}; "
+                             "continue as it began, choose another --out, or discard it with --overwrite")
 
 
 def summarize(records: list[dict], out: Path):
-    """Write results.csv, a row per seed; print several as a table with mean, std, worst, the release's figure."""
+    """Write results.csv, a row per seed; print several with mean, std, worst and the release's figure."""
     columns, text = [name for name in records[0] if name != "line"], io.StringIO()
     writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
@@ -491,7 +498,7 @@ def summarize(records: list[dict], out: Path):
     if len(records) == 1:
         return
     names = [name[5:] for name in columns if name.startswith("test_") and name != "test_rows"]
-    table = np.array([[record[f"test_{name}"] for name in names] for record in records], float)
+    table = np.array([[record.get(f"test_{name}") for name in names] for record in records], float)
     lower = [name in ("mae", "unparsed") for name in names]             # where less is better
     rows = {record["seed"]: line for record, line in zip(records, table)}
     rows |= {"mean": table.mean(0), "std": table.std(0, ddof=1)}
