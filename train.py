@@ -105,9 +105,9 @@ FREE = {"data_dir", "llm", "out", "seeds", "eval_batch", "recompute", "overwrite
 
 def parse_settings(argv=None) -> Settings:
     """The command line, made from the dataclass: --batch-size 8, --official."""
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout, allow_abbrev=False,
-                                     argument_default=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+        argument_default=argparse.SUPPRESS)
     for f in fields(Settings):
         parser.add_argument("--" + f.name.replace("_", "-"), **f.metadata)
     return Settings(**vars(parser.parse_args(argv)))
@@ -119,11 +119,12 @@ def resolve(settings: Settings, family: str) -> Settings:
     values = {**preset(task, family)._asdict(), "patience": 8 if task.labels else 10}
     values |= {name: value for name, value in asdict(settings).items() if value is not None}
     values.setdefault("max_epochs", values["epochs"])
-    values.setdefault("out", f"runs/{task.name}-{Path(settings.llm or task.llm).name}")
-    if settings.out is None and settings.official:
-        values["out"] += "-official"
+    mode = "-official" if settings.official else ""
+    values.setdefault("out", f"runs/{task.name}-{Path(settings.llm or task.llm).name}{mode}")
     if settings.device == "auto":
         values["device"] = "cuda" if gpu else "cpu"
+    elif settings.device.startswith("cuda") and not gpu:
+        raise ValueError(f"--device {settings.device}: torch finds no GPU here; take --device cpu")
     if settings.dtype == "auto":
         bf16 = gpu and torch.cuda.is_bf16_supported()
         values["dtype"] = default_dtype(values["device"], settings.official, bf16)
@@ -304,20 +305,18 @@ def train_epoch(run: Run, train: Split, recompute: int):
     """The steps that the epoch still has."""
     s, epoch = run.settings, len(run.log)
     order = epoch_rows(len(train), s.batch_size, run.seed, epoch)       # a function of (seed, epoch) alone
-    steps = len(order)
-    bar = tqdm(total=steps, initial=run.step, desc=f"epoch {epoch + 1}", leave=False, disable=None)
-    for rows in order[run.step:]:
+    steps, title = len(order), f"epoch {epoch + 1}"
+    bar = tqdm(order[run.step:], title, initial=run.step, total=steps, leave=False, disable=None)
+    for rows in bar:
         with uninterrupted():
             rate = learning_rate(epoch * steps + run.step, s.epochs * steps, WARMUP, s.learning_rate)
             run.optimizer.param_groups[0]["lr"] = rate
             loss = train_step(run.net, run.optimizer, run.scaler, collate(train, rows), recompute)
             run.loss_sum = run.loss_sum + loss.double()
             run.step += 1
-        bar.update()
         if run.step % 20 == 0 or run.step == steps:
             check_finite(run.loss_sum, run.net)
             bar.set_postfix(loss=f"{run.loss_sum / run.step:.4f}", lr=f"{rate:.1e}", refresh=False)
-    bar.close()
 
 
 @contextmanager
@@ -352,15 +351,17 @@ def locked(folder: Path):
 
 def tell(run: Run, result, valid: Split):
     """One line for the epoch, and an alarm where something looks wrong."""
-    *before, now = run.log
-    best = ", best yet" if run.best_epoch() == now["epoch"] else ""
+    now, best = run.log[-1], ""
+    if run.best_epoch() == len(run.log):
+        best = ", best yet"
     print(f"epoch {now['epoch']}/{run.settings.max_epochs}: loss {now['loss']:.4f}, valid {result.line()}, "
           f"{now['seconds']:.0f} s so far{best}")
     warning = collapsed(result, valid.label, run.task)
     if warning:
         print(warning)
-    if before and result.unparsed > before[-1]["valid_unparsed"] + 0.01 * len(valid):
-        print(f"more answers do not parse: {before[-1]['valid_unparsed']} before, {result.unparsed} now")
+    unparsed = [entry["valid_unparsed"] for entry in run.log[-2:]]
+    if unparsed[-1] > unparsed[0] + 0.01 * len(valid):
+        print(f"more answers do not parse: {unparsed[0]} before, {unparsed[-1]} now")
     sys.stdout.flush()
 
 

@@ -106,6 +106,9 @@ def test_settings():
     assert given == train.Settings(data="simsv2", seeds=[7, 8], no_mixer=True, epochs=3)
     s = train.resolve(given, "chatglm")
     assert (s.batch_size, s.epochs, s.max_epochs, s.patience, s.audio_hidden) == (8, 3, 3, 10, 64)
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="--device cuda:1: torch finds no GPU"):
+            train.resolve(train.Settings(device="cuda:1"), "llama")
     assert s.out == "runs/simsv2-Qwen-1_8B" and train.resolve(train.Settings(), "llama").patience == 8
 
 
