@@ -283,5 +283,5 @@ def load_official(path, config: AdapterConfig) -> MSEAdapter:
                 tensors[ours.get(name, name)] = tensor
         adapter.load_state_dict(tensors)
     except Exception as error:          # whatever a damaged or hostile file provokes, it was refused
-        raise ValueError(f"{path}: not a state dict that the release saves ({error}); give its .pth") from None
+        raise ValueError(f"{path}: not a state dict of tensors as the release saves ({error})") from None
     return adapter

@@ -606,13 +606,20 @@ def find_run(path) -> Path:
 
 
 def read_json(file: Path, keys=()) -> dict:
-    """A file of a run, {} if there is none. Raises ValueError if it lacks one of `keys`."""
-    try:
-        found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except ValueError as error:
-        raise ValueError(f"{file}: not valid JSON ({error}); train again") from None
-    if missing := [key for key in keys if key not in found]:
-        raise ValueError(f"{file}: has no {', '.join(missing)}; train again")
+    """A file of a run, {} if there is none. Raises ValueError if it holds no JSON object or lacks one of `keys`."""
+    found = {}
+    if file.is_file():
+        try:
+            with open(file, "rb") as opened:
+                found = json.loads(opened.read(1 << 24))        # ours are shorter: what is longer is cut, thus refused
+            json.dumps(found, ensure_ascii=False).encode()      # refuses halves of characters, "\ud800"
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{file}: not valid JSON ({error}); train again with --overwrite") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{file}: holds a {type(found).__name__}, not an object; train again with --overwrite")
+    missing = [key for key in keys if key not in found]
+    if missing:
+        raise ValueError(f"{file}: has no {', '.join(missing)}; train again with --overwrite")
     return found
 
 

@@ -15,6 +15,7 @@ default and official share the weights with release. TFLOP/s count 4 FLOP per we
 backward to the activations 2), 6 with recomputation, 2 when answering.
 """
 import argparse
+import resource
 import sys
 import time
 from functools import partial
@@ -30,7 +31,7 @@ from adapter import AdapterConfig, MSEAdapter, MultimodalLLM  # noqa: E402
 from data import HERE, TASKS, collate, epoch_rows, load_split, load_tokenizer, preset  # noqa: E402
 from eval import rows_by_length  # noqa: E402
 from model import LLM, NAMES, Config, _sources, load_llm  # noqa: E402
-from train import Settings, kept_bytes, peak_bytes, train_step  # noqa: E402
+from train import Settings, train_step  # noqa: E402
 
 SHAPES = {      # layers, width, heads, MLP, vocabulary; all as a LLaMA, whose work is theirs
     "100m": (12, 768, 12, 2048, 32000), "llama2-7b": (32, 4096, 32, 11008, 32000),
@@ -145,7 +146,7 @@ def compare(llm, tokenizer, task, args):
         ways[name] = kind(llm, adapter, tokenizer, task, official=name != "default")
     if not args.alone:
         object.__setattr__(ways["release"], "twin", transformers_twin(llm))     # no submodule: the weights are llm's
-    optimizers = {name: torch.optim.AdamW(net.adapter.parameters(), eps=1e-4) for name, net in ways.items()}
+    optimizers = {name: torch.optim.AdamW(net.adapter.parameters(), lr=1e-4, eps=1e-4) for name, net in ways.items()}
     scaler = torch.amp.GradScaler(args.device.split(":")[0], enabled=False)
 
     def rounds(split, size, seed):
@@ -162,7 +163,7 @@ def compare(llm, tokenizer, task, args):
         return found
 
     def step(name, net, batch):
-        return float(train_step(net, optimizers[name], scaler, [batch], 1e-4, args.recompute))
+        return float(train_step(net, optimizers[name], scaler, batch, args.recompute))
 
     work = rounds(splits["train"], args.batch, 1)
     seconds, losses = measure(ways, work, step, args.device)
@@ -174,6 +175,28 @@ def compare(llm, tokenizer, task, args):
     seconds, _ = measure(ways, work, lambda name, net, batch: net.answer(batch), args.device)
     report("answers", ways, work, seconds, 2, args.peak)
     print(f"peak memory {peak_bytes(args.device) / 2**30:.2f} GiB")
+
+
+def kept_bytes(module, run) -> int:
+    """Bytes that autograd keeps for the backward of what `run()` returns, the module's own weights aside."""
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        _ = run()                                   # while it lives, so does what is kept
+    weights = {p.untyped_storage().data_ptr() for p in module.parameters()}
+    return sum(n for at, n in kept.items() if at not in weights)
+
+
+def peak_bytes(device: str) -> int:
+    """The most memory used so far: the GPU's, or else this process's."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def scaling(llm, device: str):
