@@ -195,8 +195,7 @@ def preset(task: Task | str, family: str) -> Preset:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Tokenizers: text <-> ids. `encode` adds no special token and reads one that stands in the text as plain text
-# ("<s>" is "<", "s", ">"), so that no data can forge one; `decode` leaves special tokens out; `token_id` finds one
-# by its name.
+# ("<s>" is "<", "s", ">"), so that no data can forge one; `decode` leaves them out; `token_id` finds one by name.
 
 CHATGLM3_PIECES = 64789     # of its sentencepiece model; special tokens follow: [gMASK] is 64790, sop 64792
 CHATGLM3_SPECIALS = "[MASK] [gMASK] [sMASK] sop eop <|system|> <|user|> <|assistant|> <|observation|>".split()
@@ -209,7 +208,7 @@ GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(
 UNPRINTED = [byte for byte in range(256) if byte == 32 or not chr(byte).isprintable()]
 SPELL = {byte: 256 + n for n, byte in enumerate(UNPRINTED)}
 UNSPELL = {256 + n: byte for n, byte in enumerate(UNPRINTED)}
-UNREAD = "is not known here: take a backbone with a byte-level BPE like Qwen2's or Llama 3's, or tokenizer.model"
+UNREAD = "is not known here: take a backbone with tokenizer.model, or with a byte-level BPE like Llama 3's"
 
 
 def whole_characters(text: str) -> str:
@@ -240,8 +239,7 @@ class SentencePiece:
 
     def token_id(self, name: str) -> int:
         if name not in self.special:
-            known = ", ".join(self.special) or "plain ones"
-            raise DataError(f"{self.file} has no special token {name!r}, only {known}")
+            raise DataError(f"{self.file} has no special token {name!r}, only {', '.join(self.special)}")
         return self.special[name]
 
 
@@ -266,14 +264,14 @@ def compile_split(pattern: str) -> re.Pattern:
     return re.compile(f"({pattern})", re.ASCII)
 
 
-@dataclass
+@dataclass(repr=False)
 class ByteBPE:
-    """Byte-level BPE (Qwen, Llama 3): a text is cut into words, and of a word's UTF-8 bytes the two neighbours
-    of lowest rank are joined until no two have a rank: "low" -> l o w -> lo w -> low."""
+    """Byte-level BPE (Qwen, Llama 3): texts are cut into words, and of a word's UTF-8 bytes the two neighbours of
+    lowest rank are joined until no two have a rank: "low" -> l o w -> lo w -> low."""
     file: Path
     ids: dict                   # token -> id
     special: dict               # name -> id
-    merges: list                # "Ġ t" or ["Ġ", "t"], by rank; None: the rank of two is the id of what they make
+    merges: list                # "Ġ t" or ["Ġ", "t"], by rank; None: a rank is the id of what two make
     splits: list                # patterns; each cuts what the one before has left
     nfc: bool = True            # composes a text first: "e" and an accent become "é"
     whole: bool = False         # a word that is a token is not merged but taken as it is
@@ -289,8 +287,8 @@ class ByteBPE:
         tokens = [chr(byte).translate(SPELL) for byte in written] + ["".join(pair) for pair in pairs]
         lost = [token for token in tokens if token not in self.ids]
         if lost:
-            raise DataError(f"the vocabulary lacks {len(lost)} bytes or merges, such as {lost[0]!r}: one is cut "
-                            "short or of another model, download all of it again")
+            raise DataError(f"the vocabulary lacks {len(lost)} bytes or merges, such as {lost[0]!r}: cut short "
+                            "or of another model, download it again with its merges")
 
     def encode(self, text: str) -> list[int]:
         ids = []
@@ -305,7 +303,8 @@ class ByteBPE:
         parts = ["".join(map(stand_in, text))]
         for pattern in self.patterns:
             parts = list(chain.from_iterable(map(pattern.split, parts)))
-        return [text[i:j] for i, j in pairwise(accumulate(map(len, parts), initial=0))]
+        ends = accumulate(map(len, parts), initial=0)
+        return [text[i:j] for i, j in pairwise(ends) if i < j]
 
     def rank(self, left: str, right: str) -> int | None:
         if self.merges is None:
@@ -313,10 +312,10 @@ class ByteBPE:
         return self.ranks.get((left, right))
 
     def merge(self, word: str) -> list[str]:
-        """The tokens of one word, in n log n steps; of equal ranks the leftmost goes first, "aaa" -> "aa", "a"."""
+        """The tokens of a word, in n log n steps; of equal ranks the leftmost goes first, "aaa" -> "aa", "a"."""
         if self.whole and word in self.ids:
             return [word]
-        word = "".join(byte for byte in word if byte in self.ids)   # some that nobody writes may have no token
+        word = "".join(byte for byte in word if byte in self.ids)   # a byte that nobody writes may have none
         n = len(word)
         end = list(range(1, n + 1))     # of the part that begins here; 0 where none does
         start = list(range(-1, n))      # of the part that ends here
@@ -357,24 +356,24 @@ def read_file(file: Path) -> bytes:
 
 
 def read_tiktoken(file: Path) -> ByteBPE:
-    """`qwen.tiktoken`: on each line a token in base64 and its id, which is its rank; special tokens follow."""
+    """`qwen.tiktoken`: on each line a token in base64 and its id, its rank too; special tokens follow."""
     ids = {}
     for n, line in enumerate(read_file(file).splitlines()):
         token, _, rank = line.partition(b" ")
         if rank != b"%d" % n:
-            raise DataError(f"line {n + 1} is {line[:60]!r}, not a token and {n}: cut short, download it again")
+            raise DataError(f"line {n + 1} is {line[:60]!r}, not a token and {n}: download it again")
         ids[base64.b64decode(token, validate=True).decode("latin-1").translate(SPELL)] = n
     special = {name: len(ids) + i for i, name in enumerate(QWEN_SPECIALS)}
     return ByteBPE(file, ids, special, None, [QWEN_SPLIT], whole=True)
 
 
 def read_merges(file: Path) -> ByteBPE:
-    """`merges.txt` with `vocab.json` and tokenizer_config.json beside it, of Qwen2: they do not tell the split."""
+    """Qwen2's `merges.txt`, vocab.json and tokenizer_config.json, which do not tell how a text is cut."""
     vocab = json.loads(read_file(file.with_name("vocab.json")))
     config = json.loads(read_file(file.with_name("tokenizer_config.json")))
     kind = config.get("tokenizer_class", "Qwen2Tokenizer")
     if not kind.startswith("Qwen"):
-        raise DataError(f"it does not tell how a {kind} cuts texts: copy the original checkpoint's tokenizer.json")
+        raise DataError(f"it does not tell how a {kind} cuts texts: copy the original's tokenizer.json here")
     special = {token["content"]: int(i) for i, token in config["added_tokens_decoder"].items()}
     lines = read_file(file).decode().splitlines()
     merges = [line for line in lines if line and not line.startswith("#version")]
@@ -399,7 +398,7 @@ def read_tokenizer_json(file: Path) -> ByteBPE:
     steps, splits = cutter.get("pretokenizers") or [cutter], []
     for step in steps:
         match step, step is steps[-1]:
-            case {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}, False:
+            case {"type": "Split", "behavior": "Isolated", "invert": False, "pattern": {"Regex": pattern}}, False:
                 splits.append(pattern)
             case {"type": "Digits", "individual_digits": True}, False:
                 splits.append(r"\p{N}")
@@ -418,31 +417,34 @@ READERS = {"qwen.tiktoken": read_tiktoken, "tokenizer.model": SentencePiece,
 
 
 def special_names(folder: Path) -> dict:
-    """{"bos": name or None, "eos": ..., "pad": ...}, as tokenizer_config.json in a checkpoint's folder tells."""
+    """{"bos": name or None, "eos": ..., "pad": ...}, as tokenizer_config.json in the folder has it."""
     file = folder / "tokenizer_config.json"
     config = json.loads(read_file(file)) if file.exists() else {}
-    tokens = {kind: config.get(f"{kind}_token") for kind in ("bos", "eos", "pad")}      # "<s>", {"content": "<s>"}
-    return {kind: token["content"] if isinstance(token, dict) else token for kind, token in tokens.items()}
+    names = {}
+    for kind in ("bos", "eos", "pad"):
+        token = config.get(f"{kind}_token")         # "<s>" or {"content": "<s>", ...}
+        names[kind] = token["content"] if isinstance(token, dict) else token
+    return names
 
 
 def load_tokenizer(path: str | Path) -> SentencePiece | ByteBPE:
-    """The tokenizer of a checkpoint's folder, read from the first of READERS' files that it has, or of this file.
+    """The tokenizer of a checkpoint's folder, from the first of READERS' files in it, or from the file given.
 
-    `.names` are its special_names. Raises DataError where there is none, or one that is not whole or not known.
+    `.names` are its special_names. Raises DataError where there is none, or it is not whole or not known.
     """
     path = Path(path)
-    files = [path] if path.is_file() else [path / name for name in READERS]
-    for file in files:
-        if not file.is_file() or file.name not in READERS:
+    for name, reader in READERS.items():
+        file = path if path.name == name else path / name
+        if not file.is_file():
             continue
         try:
-            tokenizer = READERS[file.name](file)
+            tokenizer = reader(file)
             tokenizer.names = special_names(file.parent)
             return tokenizer
         except DataError as error:
             raise DataError(f"{file}: {error}") from None
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            raise DataError(f"{file} is cut short or of another kind ({error!r}): download it again") from None
+            raise DataError(f"{file} is cut short or of another kind, {error!r}: download it again") from None
     raise DataError(f"no tokenizer in {path}: copy {' or '.join(READERS)} there from the original checkpoint")
 
 
