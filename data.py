@@ -271,23 +271,22 @@ class ByteBPE:
     file: Path
     ids: dict                   # token -> id
     special: dict               # name -> id
-    merges: list                # "Ġ t" or ["Ġ", "t"], by rank; None: a rank is the id of what two make
+    ranks: dict                 # what may be joined, "Ġ t" -> its rank
     splits: list                # patterns; each cuts what the one before has left
     nfc: bool = True            # composes a text first: "e" and an accent become "é"
     whole: bool = False         # a word that is a token is not merged but taken as it is
+    between: str = " "          # in the keys of `ranks`; "" where any two that make "Ġt" have its rank
 
     def __post_init__(self):
         self.ids = {token: i for token, i in self.ids.items() if token not in self.special}
         self.token = {i: token for token, i in self.ids.items()}
         self.size = max([*self.token, *self.special.values()]) + 1
         self.patterns = [compile_split(pattern) for pattern in self.splits]
-        pairs = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in self.merges or []]
-        self.ranks = {pair: rank for rank, pair in enumerate(pairs)}
         written = [*range(32, 127), *range(0x80, 0xC0), *range(0xC2, 0xF1)]     # bytes of what people write
-        tokens = [chr(byte).translate(SPELL) for byte in written] + ["".join(pair) for pair in pairs]
-        lost = [token for token in tokens if token not in self.ids]
+        needed = {chr(byte).translate(SPELL) for byte in written} | {pair.replace(" ", "") for pair in self.ranks}
+        lost = needed - self.ids.keys()
         if lost:
-            raise DataError(f"the vocabulary lacks {len(lost)} bytes or merges, such as {lost[0]!r}: cut short "
+            raise DataError(f"the vocabulary lacks {len(lost)} bytes or merges, such as {min(lost)!r}: cut short "
                             "or of another model, download it again with its merges")
 
     def encode(self, text: str) -> list[int]:
@@ -306,11 +305,6 @@ class ByteBPE:
         ends = accumulate(map(len, parts), initial=0)
         return [text[i:j] for i, j in pairwise(ends) if i < j]
 
-    def rank(self, left: str, right: str) -> int | None:
-        if self.merges is None:
-            return self.ids.get(left + right)
-        return self.ranks.get((left, right))
-
     def merge(self, word: str) -> list[str]:
         """The tokens of a word, in n log n steps; of equal ranks the leftmost goes first, "aaa" -> "aa", "a"."""
         if self.whole and word in self.ids:
@@ -322,7 +316,7 @@ class ByteBPE:
         heap = []                       # of what can be joined: (rank, i, j, k) for word[i:j] and word[j:k]
 
         def offer(i: int, j: int, k: int):
-            rank = self.rank(word[i:j], word[j:k])
+            rank = self.ranks.get(word[i:j] + self.between + word[j:k])
             if rank is not None:
                 heapq.heappush(heap, (rank, i, j, k))
 
@@ -364,7 +358,7 @@ def read_tiktoken(file: Path) -> ByteBPE:
             raise DataError(f"line {n + 1} is {line[:60]!r}, not a token and {n}: download it again")
         ids[base64.b64decode(token, validate=True).decode("latin-1").translate(SPELL)] = n
     special = {name: len(ids) + i for i, name in enumerate(QWEN_SPECIALS)}
-    return ByteBPE(file, ids, special, None, [QWEN_SPLIT], whole=True)
+    return ByteBPE(file, ids, special, ids, [QWEN_SPLIT], whole=True, between="")
 
 
 def read_merges(file: Path) -> ByteBPE:
@@ -376,10 +370,10 @@ def read_merges(file: Path) -> ByteBPE:
         raise DataError(f"it does not tell how a {kind} cuts texts: copy the original's tokenizer.json here")
     special = {token["content"]: int(i) for i, token in config["added_tokens_decoder"].items()}
     lines = read_file(file).decode().splitlines()
-    merges = [line for line in lines if line and not line.startswith("#version")]
-    if len(merges) < len(vocab.keys() - special.keys()) - 256:
-        raise DataError(f"{len(merges)} merges cannot make {len(vocab)} tokens: cut short, download it again")
-    return ByteBPE(file, vocab, special, merges, [QWEN_SPLIT])
+    ranks = {line: rank for rank, line in enumerate(lines) if line and not line.startswith("#version")}
+    if len(ranks) < len(vocab.keys() - special.keys()) - 256:
+        raise DataError(f"{len(ranks)} merges cannot make {len(vocab)} tokens: cut short, download it again")
+    return ByteBPE(file, vocab, special, ranks, [QWEN_SPLIT])
 
 
 def read_tokenizer_json(file: Path) -> ByteBPE:
@@ -408,8 +402,10 @@ def read_tokenizer_json(file: Path) -> ByteBPE:
             case _:
                 raise DataError(f"its pre_tokenizer {step} {UNREAD}")
     special = {token["content"]: token["id"] for token in data["added_tokens"]}
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    ranks = {merge: rank for rank, merge in enumerate(merges)}
     nfc, whole = model["normalizer"] is not None, model.get("ignore_merges", False)
-    return ByteBPE(file, model["vocab"], special, model["merges"], splits, nfc, whole)
+    return ByteBPE(file, model["vocab"], special, ranks, splits, nfc, whole)
 
 
 READERS = {"qwen.tiktoken": read_tiktoken, "tokenizer.model": SentencePiece,
