@@ -239,7 +239,7 @@ class SentencePiece:
 
     def token_id(self, name: str) -> int:
         if name not in self.special:
-            raise DataError(f"{self.file} has no special token {name!r}, only {', '.join(self.special)}")
+            raise DataError(f"{self.file} has no special token {name!r}, only {list(self.special)}")
         return self.special[name]
 
 
@@ -258,7 +258,7 @@ def compile_split(pattern: str) -> re.Pattern:
     """The pattern, for stand-ins. Its one group makes re.split return what it finds and what is between."""
     pieces = r"\\p\{[LMN]\}|\\[rnsS]|'[a-z]+|\(\?(?:i:|:|!)|\{\d+,?\d*\}|[?*+](?!\+)|[][^|) ]"
     if odd := re.sub(pieces, "", pattern):
-        raise DataError(f"{odd!r} in its split pattern {pattern} {UNREAD}")
+        raise DataError(f"{odd!r} in its split pattern {pattern!r} {UNREAD}")
     pattern = re.sub(r"\[.*?\]", lambda part: part[0].replace(r"\p{L}", "a-zA-Z"), pattern)
     pattern = pattern.replace(r"\p{L}", "[a-zA-Z]").replace(r"\p{M}", "\u0300").replace(r"\p{N}", r"\d")
     return re.compile(f"({pattern})", re.ASCII)
@@ -283,9 +283,9 @@ class ByteBPE:
         self.size = max([*self.token, *self.special.values()]) + 1
         self.patterns = [compile_split(pattern) for pattern in self.splits]
         written = [*range(32, 127), *range(0x80, 0xC0), *range(0xC2, 0xF1)]     # bytes of what people write
-        needed = {chr(byte).translate(SPELL) for byte in written} | {pair.replace(" ", "") for pair in self.ranks}
-        lost = needed - self.ids.keys()
-        if lost:
+        needed = {chr(byte).translate(SPELL) for byte in written}
+        needed |= {pair.replace(" ", "") for pair in self.ranks}
+        if lost := needed - self.ids.keys():
             raise DataError(f"the vocabulary lacks {len(lost)} bytes or merges, such as {min(lost)!r}: cut short "
                             "or of another model, download it again with its merges")
 
@@ -367,7 +367,7 @@ def read_merges(file: Path) -> ByteBPE:
     config = json.loads(read_file(file.with_name("tokenizer_config.json")))
     kind = config.get("tokenizer_class", "Qwen2Tokenizer")
     if not kind.startswith("Qwen"):
-        raise DataError(f"it does not tell how a {kind} cuts texts: copy the original's tokenizer.json here")
+        raise DataError(f"it does not tell how {kind!r} cuts texts: copy the original's tokenizer.json here")
     special = {token["content"]: int(i) for i, token in config["added_tokens_decoder"].items()}
     lines = read_file(file).decode().splitlines()
     ranks = {line: rank for rank, line in enumerate(lines) if line and not line.startswith("#version")}

@@ -28,7 +28,8 @@ EDGES = [
     *("!!!\n\n???\r\n", "I'LL we've It'S 'tis don't'd o'", "'ſ it'ſ", "'K 'ﬅ", "12345 ½²Ⅻ٣一", "ß ẞ ı İ ŉ"),
     *("\x1c\x1d a\x1e\x1fb", "\x85\x85a\xa0\xa0b\u2003\u3000c\u200b\u180ed", "\0a\0", "中文，标点。\n  下一行"),
     *("\ud7ff\ue000\U0010ffff\ufeff\ufdd0", "e\u0301 é Å ﬁ 가각", "a\u0300\u0301b", "👩‍👩‍👧‍👦🏳️‍🌈"),
-    *("a\x04b\x16", "\U00050000\U00090000x", "a" * 700, " " * 700, "ab" * 400 + "!" * 600, "\n" * 300 + " " * 300 + "x"),
+    *("a\x04b\x16", "\U00050000\U00090000x", "a" * 700, " " * 700),
+    *("ab" * 400 + "!" * 600, "\n" * 300 + " " * 300 + "x"),
 ]
 
 
@@ -81,7 +82,7 @@ KINDS = {   # name: (normalizer, pre_tokenizers)
     "llama3": (None, split(LLAMA3)),
     "qwen3.5": (normalizers.NFC(), split(QWEN35)),
     "gpt2": (None, [pre_tokenizers.ByteLevel(add_prefix_space=False)]),
-    "smollm2": (None, [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]),
+    "smollm2": (None, [pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)]),
 }
 
 
@@ -161,7 +162,7 @@ def test_vocab_and_merges_are_qwen2s_or_refused(tmp_path):
     equal(mine, reference, composed([*EDGES, *random_strings(300, seed=2)]))
     load_tokenizer(write_files(tmp_path, data, tokenizer_class="Qwen2TokenizerFast"))
     write_files(tmp_path, data, tokenizer_class="GPT2Tokenizer")
-    with pytest.raises(ValueError, match="merges.txt: it does not tell how a GPT2Tokenizer cuts.*copy .*tokenizer.json"):
+    with pytest.raises(ValueError, match="merges.txt: it does not tell how .GPT2Tokenizer. cuts.*copy .*tokenizer.json"):
         load_tokenizer(tmp_path)
     write(tmp_path, toy("gpt2"))        # a folder that has both: what tokenizer.json tells
     mine = load_tokenizer(tmp_path)
@@ -235,14 +236,10 @@ def test_special_tokens_are_neither_read_nor_written(tmp_path):
         mine.token_id("<s>")
     smile = mine.encode("😀")
     assert len(smile) > 1 and mine.decode(smile[:-1]) == "�"     # part of a character
+    assert mine.encode("a\ud800b\udc00") == mine.encode("a\ufffdb\ufffd")
+    assert mine.encode("\ud83d\ude00") == mine.encode("😀")      # as in tiktoken
     whole = ByteBPE(Path("toy"), BYTES | {"end": 256}, {"end": 256}, {}, [QWEN2], whole=True)
     assert whole.encode("end") == [101, 110, 100]
-
-
-def test_surrogates_as_in_tiktoken(tmp_path):
-    mine = load_tokenizer(write(tmp_path, toy("qwen2")))
-    assert mine.encode("a\ud800b\udc00") == mine.encode("a\ufffdb\ufffd")
-    assert mine.encode("\ud83d\ude00") == mine.encode("😀")
 
 
 class Counted(dict):
@@ -270,25 +267,24 @@ def test_a_word_twice_as_long_takes_twice_the_steps(word):
 
 
 def test_files_are_chosen_by_name(tmp_path):
-    write_files(tmp_path, toy("qwen2"))
-    write(tmp_path, toy("qwen2"))
-    for name in ("", "tokenizer.json"):
-        assert load_tokenizer(str(tmp_path / name)).file.name == "tokenizer.json"
-    assert load_tokenizer(tmp_path / "merges.txt").file.name == "merges.txt"
-    (tmp_path / "tokenizer.json").unlink()
-    assert load_tokenizer(tmp_path).file.name == "merges.txt"
-    for missing in ("vocab.json", "tokenizer_config.json"):
-        (tmp_path / missing).rename(tmp_path / "away")
-        with pytest.raises(ValueError, match=rf"merges.txt: {missing} is missing: download it again"):
-            load_tokenizer(tmp_path)
-        (tmp_path / "away").rename(tmp_path / missing)
-    (tmp_path / "tokenizer.model").touch()
-    with pytest.raises(ValueError, match=r"tokenizer.model is empty: download it again"):
-        load_tokenizer(tmp_path)
+    write(write_files(tmp_path, toy("qwen2")), toy("qwen2"))
     tokens = b"".join(base64.b64encode(bytes([b])) + b" %d\n" % b for b in range(256))
     (tmp_path / "qwen.tiktoken").write_bytes(tokens)
-    assert load_tokenizer(tmp_path).file.name == "qwen.tiktoken"
-    assert load_tokenizer(tmp_path / "qwen.tiktoken").token_id("<|im_start|>") == 257
+    (tmp_path / "tokenizer.model").touch()
+    for name in ("merges.txt", "tokenizer.json", "qwen.tiktoken"):
+        assert load_tokenizer(tmp_path / name).file.name == name
+    assert load_tokenizer(str(tmp_path)).token_id("<|im_start|>") == 257
+    (tmp_path / "qwen.tiktoken").unlink()
+    with pytest.raises(ValueError, match=r"tokenizer.model is empty: download it again"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.model").unlink()
+    for name in ("tokenizer.json", "merges.txt"):
+        assert load_tokenizer(tmp_path).file.name == name
+        (tmp_path / name).unlink()
+    write_files(tmp_path, toy("qwen2"))
+    (tmp_path / "vocab.json").unlink()
+    with pytest.raises(ValueError, match=r"merges.txt: vocab.json is missing: download it again"):
+        load_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["", "nowhere", "config.json"])
