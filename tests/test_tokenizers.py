@@ -146,7 +146,8 @@ def test_tokenizer_json_equals_tokenizers(kind, tmp_path):
     assert mine.size == max(reference.get_vocab(with_added_tokens=True).values()) + 1
     for token in ("<|endoftext|>", "<|im_start|>", "<|im_end|>"):
         assert mine.token_id(token) == reference.token_to_id(token)
-    equal(mine, reference, composed([*EDGES, *random_strings(1000, seed=2), " token zers tokens 123 1234 never", "never"]))
+    words = [" token zers tokens 123 1234 never", "never"]
+    equal(mine, reference, composed([*words, *EDGES, *random_strings(1000, seed=2)]))
     if toy(kind)["normalizer"]:
         assert mine.encode("e\u0301 가") == mine.encode("é 가")
     elif kind == "llama3":
