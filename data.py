@@ -14,7 +14,6 @@ Shapes: N rows of a split, B of a batch, La / Lv frames, Da / Dv features of a f
 """
 import argparse
 import base64
-import binascii
 import hashlib
 import heapq
 import json
@@ -28,7 +27,8 @@ import sys
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass, field
-from itertools import chain
+from functools import cache
+from itertools import accumulate, chain, pairwise
 from pathlib import Path
 from types import FunctionType
 from typing import NamedTuple
@@ -233,17 +233,22 @@ def preset(task: Task | str, family: str) -> Preset:
     return PRESETS.get((task.name, words)) or PRESETS[nearest, words]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Tokenizers: text <-> ids. `encode` adds no special token and reads one that stands in the text as plain text ("<s>" is
-# "<", "s", ">"), so that no data can forge one; `decode` leaves special tokens out; `token_id` finds one by its name.
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizers: text <-> ids. `encode` adds no special token and reads one that stands in the text as plain text
+# ("<s>" is "<", "s", ">"), so that no data can forge one; `decode` leaves them out; `token_id` finds one by name.
 
-CHATGLM3_PIECES = 64789  # of its sentencepiece model; its special tokens follow: [gMASK] is 64790, sop is 64792
+CHATGLM3_PIECES = 64789     # of its sentencepiece model; special tokens follow: [gMASK] is 64790, sop 64792
 CHATGLM3_SPECIALS = "[MASK] [gMASK] [sMASK] sop eop <|system|> <|user|> <|assistant|> <|observation|>".split()
-QWEN_SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205))]  # 151643, ...
-# How Qwen cuts a text into words: "I'll pay $12\n" -> "I", "'ll", " pay", " $", "1", "2", "\n"
-QWEN_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+QWEN_SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205))]
+# How a text is cut into words. Qwen: "I'll pay $12\n" -> "I", "'ll", " pay", " $", "1", "2", "\n"
+QWEN_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+              r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# How Hugging Face's files write bytes, each as one character: b" caf\xc3\xa9" is "ĠcafÃ©".
+UNPRINTED = [byte for byte in range(256) if byte == 32 or not chr(byte).isprintable()]
+SPELL = {byte: 256 + n for n, byte in enumerate(UNPRINTED)}
+UNSPELL = {256 + n: byte for n, byte in enumerate(UNPRINTED)}
+UNREAD = "is not known here: take a backbone with tokenizer.model, or with a byte-level BPE like Llama 3's"
 
 
 def whole_characters(text: str) -> str:
@@ -252,15 +257,16 @@ def whole_characters(text: str) -> str:
 
 
 class SentencePiece:
-    """`tokenizer.model` of LLaMA2 and ChatGLM3. size: the number of ids, ChatGLM3's special tokens included."""
+    """`tokenizer.model` of LLaMA2 and ChatGLM3. size: the number of ids, with ChatGLM3's special tokens."""
 
     def __init__(self, file: Path):
         self.file = file
         self.sp = sentencepiece.SentencePieceProcessor(model_proto=read_file(file))
         pieces = range(self.sp.vocab_size())
         # <s>, </s>, and also <unk>, with which both families pad
-        self.special = {self.sp.id_to_piece(i): i for i in pieces if self.sp.is_control(i) or self.sp.is_unknown(i)}
-        self.plain = set(pieces) - set(self.special.values())
+        special = [i for i in pieces if self.sp.is_control(i) or self.sp.is_unknown(i)]
+        self.special = {self.sp.id_to_piece(i): i for i in special}
+        self.plain = set(pieces) - set(special)
         if len(pieces) == CHATGLM3_PIECES:
             self.special |= {name: len(pieces) + i for i, name in enumerate(CHATGLM3_SPECIALS)}
         self.size = len(self.plain) + len(self.special)
@@ -273,92 +279,103 @@ class SentencePiece:
 
     def token_id(self, name: str) -> int:
         if name not in self.special:
-            raise ValueError(f"{self.file} has no special token {name!r}, only {', '.join(self.special) or 'plain'}")
+            raise DataError(f"{self.file} has no special token {name!r}, only {list(self.special)}")
         return self.special[name]
 
 
-class StandIn(dict):
-    r"""For str.translate: puts an ASCII character of the same class for every other one, "Łódź №²" -> "xxdx !0".
-
-    Python's re lacks \p{L} and \p{N}; on the stand-ins [a-zA-Z] and [0-9] are the same, at the same positions.
-    """
-
-    def __missing__(self, code: int) -> str:
-        char = chr(code)
-        kind = unicodedata.category(char)[0]  # L of Lu, Ll, Lt, Lm, Lo; N of Nd, Nl, No
-        if code < 128:
-            self[code] = char
-        elif kind == "L":
-            self[code] = "s" if char == "ſ" else "x"  # (?i:'s) takes the long s too; "x" is in no 's 't 're ...
-        else:  # isspace is White_Space from 128 on; below, it has U+001C..U+001F in excess, but re.ASCII's \s has not
-            self[code] = "0" if kind == "N" else "\t" if char.isspace() else "!"
-        return self[code]
+@cache
+def stand_in(char: str) -> str:
+    r"""A character of the same class for Python's re, which has no \p{L}: "Łódź №²" -> "xxdx !0"."""
+    if char.isascii():
+        return char
+    if char == "ſ":
+        return "S"              # (?i:'s) takes the long s too
+    kind = "space" if char.isspace() else unicodedata.category(char)[0]
+    return {"space": "\t", "L": "x", "M": "\u0300", "N": "0"}.get(kind, "!")
 
 
+def compile_split(pattern: str) -> re.Pattern:
+    """The pattern, for stand-ins. Its one group makes re.split return what it finds and what is between."""
+    pieces = r"\\p\{[LMN]\}|\\[rnsS]|'[a-z]+|\(\?(?:i:|:|!)|\{\d+,?\d*\}|[?*+](?!\+)|[][^|) ]"
+    if odd := re.sub(pieces, "", pattern):
+        raise DataError(f"{odd!r} in its split pattern {pattern!r} {UNREAD}")
+    pattern = re.sub(r"\[.*?\]", lambda part: part[0].replace(r"\p{L}", "a-zA-Z"), pattern)
+    pattern = pattern.replace(r"\p{L}", "[a-zA-Z]").replace(r"\p{M}", "\u0300").replace(r"\p{N}", r"\d")
+    return re.compile(f"({pattern})", re.ASCII)
+
+
+@dataclass(repr=False)
 class ByteBPE:
-    """Qwen's byte-level BPE: the NFC text is cut into words, and of a word's UTF-8 bytes the two neighbours of lowest
-    rank are joined until no two have a rank: "low" -> l o w -> lo w -> low.
+    """Byte-level BPE (Qwen, Llama 3): texts are cut into words, and of a word's UTF-8 bytes the two neighbours of
+    lowest rank are joined until no two have a rank: "low" -> l o w -> lo w -> low."""
+    file: Path
+    ids: dict                   # token -> id
+    special: dict               # name -> id
+    ranks: dict                 # what may be joined, "Ġ t" -> its rank
+    splits: list                # patterns; each cuts what the one before has left
+    nfc: bool = True            # composes a text first: "e" and an accent become "é"
+    whole: bool = False         # a word that is a token is not merged but taken as it is
+    between: str = " "          # in the keys of `ranks`; "" where any two that make "Ġt" have its rank
 
-    ids: {bytes: id}. special: {name: id}. ranks: {merge: rank}, where a merge is the pair of parts (merges.txt) or, if
-    joined, the bytes they make, whatever the parts (tiktoken, which also leaves a word that is one token whole).
-    """
-
-    def __init__(self, file: Path, ids: dict, ranks: dict, special: dict[str, int], joined: bool):
-        if missing := [byte for byte in range(256) if bytes([byte]) not in ids]:
-            raise ValueError(f"{file} has no token for {len(missing)} of the 256 bytes: cut short? download it again")
-        self.file, self.ids, self.ranks, self.special, self.joined = file, ids, ranks, special, joined
-        self.token = {i: token for token, i in ids.items()}
-        self.size = max([*ids.values(), *special.values()]) + 1
-        split = QWEN_SPLIT.replace(r"\p{L}\p{N}", "a-zA-Z0-9")  # inside [...] the two stand together
-        self.split = re.compile(split.replace(r"\p{L}", "[a-zA-Z]").replace(r"\p{N}", "[0-9]"), re.ASCII)
-        self.stand_in = StandIn()
-        self.seen: dict[str, list[int]] = {}  # the ids of words met before
+    def __post_init__(self):
+        self.ids = {token: i for token, i in self.ids.items() if token not in self.special}
+        self.token = {i: token for token, i in self.ids.items()}
+        self.size = max([*self.token, *self.special.values()]) + 1
+        self.patterns = [compile_split(pattern) for pattern in self.splits]
+        written = [*range(32, 127), *range(0x80, 0xC0), *range(0xC2, 0xF1)]     # bytes of what people write
+        needed = {chr(byte).translate(SPELL) for byte in written}
+        needed |= {pair.replace(" ", "") for pair in self.ranks}
+        if lost := needed - self.ids.keys():
+            raise DataError(f"the vocabulary lacks {len(lost)} bytes or merges, such as {min(lost)!r}: cut short "
+                            "or of another model, download it again with its merges")
 
     def encode(self, text: str) -> list[int]:
-        text, out = whole_characters(unicodedata.normalize("NFC", text)), []
-        for match in self.split.finditer(text.translate(self.stand_in)):
-            word = text[match.start() : match.end()]
-            if (ids := self.seen.get(word)) is None:
-                ids = [self.ids[part] for part in self.merge(word.encode())]
-                if len(word) <= 32 and len(self.seen) < 100_000:
-                    self.seen[word] = ids
-            out += ids
-        return out
+        ids = []
+        for word in self.words(text):
+            ids += [self.ids[token] for token in self.merge(word.encode().decode("latin-1").translate(SPELL))]
+        return ids
 
-    def rank(self, left: bytes, right: bytes) -> int | None:
-        return self.ranks.get(left + right if self.joined else (left, right))
+    def words(self, text: str) -> list[str]:
+        text = whole_characters(text)
+        if self.nfc:
+            text = unicodedata.normalize("NFC", text)
+        parts = ["".join(map(stand_in, text))]
+        for pattern in self.patterns:
+            parts = list(chain.from_iterable(map(pattern.split, parts)))
+        ends = accumulate(map(len, parts), initial=0)
+        return [text[i:j] for i, j in pairwise(ends) if i < j]
 
-    def merge(self, word: bytes) -> list[bytes]:
-        """The tokens of one word; of equal ranks the leftmost is joined first, b"aaa" -> b"aa", b"a".
-
-        The parts are a linked list, the candidates a heap: n log n steps for n bytes, where rescanning takes n^2.
-        """
-        if self.joined and word in self.ids:
+    def merge(self, word: str) -> list[str]:
+        """The tokens of a word, in n log n steps; of equal ranks the leftmost goes first, "aaa" -> "aa", "a"."""
+        if self.whole and word in self.ids:
             return [word]
+        word = "".join(byte for byte in word if byte in self.ids)   # a byte that nobody writes may have none
         n = len(word)
-        parts: list[bytes | None] = [word[i : i + 1] for i in range(n)]  # the right one of two joined becomes None
-        before, after, heap = list(range(-1, n - 1)), list(range(1, n + 1)), []
+        end = list(range(1, n + 1))     # of the part that begins here; 0 where none does
+        start = list(range(-1, n))      # of the part that ends here
+        heap = []                       # of what can be joined: (rank, i, j, k) for word[i:j] and word[j:k]
 
-        def offer(i: int, j: int) -> None:
-            if i >= 0 and j < n and (rank := self.rank(parts[i], parts[j])) is not None:
-                heapq.heappush(heap, (rank, i))
+        def offer(i: int, j: int, k: int):
+            rank = self.ranks.get(word[i:j] + self.between + word[j:k])
+            if rank is not None:
+                heapq.heappush(heap, (rank, i, j, k))
 
         for i in range(n - 1):
-            offer(i, i + 1)
+            offer(i, i + 1, i + 2)
         while heap:
-            rank, i = heapq.heappop(heap)
-            j = after[i]
-            if parts[i] is None or j == n or self.rank(parts[i], parts[j]) != rank:
-                continue  # one of the two has been joined with another part since this was offered
-            parts[i], parts[j], after[i] = parts[i] + parts[j], None, after[j]
-            if after[i] < n:
-                before[after[i]] = i
-            offer(before[i], i)
-            offer(i, after[i])
-        return [part for part in parts if part is not None]
+            _, i, j, k = heapq.heappop(heap)
+            if end[i] != j or end[j] != k:
+                continue                # one of the two has been joined with another part since
+            end[i], end[j], start[k] = k, 0, i
+            if i > 0:
+                offer(start[i], i, k)
+            if k < n:
+                offer(i, k, end[k])
+        return [word[i:k] for i, k in enumerate(end) if k]
 
     def decode(self, ids: list[int]) -> str:
-        return b"".join(self.token.get(i, b"") for i in ids).decode(errors="replace")  # half a character is U+FFFD
+        text = "".join(self.token.get(i, "") for i in ids)
+        return text.translate(UNSPELL).encode("latin-1").decode(errors="replace")   # half a character: U+FFFD
 
     token_id = SentencePiece.token_id
 
@@ -366,85 +383,105 @@ class ByteBPE:
 def read_file(file: Path) -> bytes:
     data = file.read_bytes() if file.is_file() else b""
     if not data:
-        raise ValueError(f"{file} is {'empty' if file.is_file() else 'missing'}: download it again")
+        raise DataError(f"{file.name} is {'empty' if file.is_file() else 'missing'}: download it again")
     if data.startswith(b"version https://git-lfs"):
-        raise ValueError(f"{file} is a git-lfs pointer of {len(data)} bytes, not the file itself: run `git lfs pull`")
+        raise DataError(f"{file.name} is a git-lfs pointer, not the file itself: run `git lfs pull`")
     return data
 
 
 def read_tiktoken(file: Path) -> ByteBPE:
-    """`qwen.tiktoken`: on each line a token in base64 and its rank, which is its id too; the special tokens follow."""
+    """`qwen.tiktoken`: on each line a token in base64 and its id, its rank too; special tokens follow."""
     ids = {}
     for n, line in enumerate(read_file(file).splitlines()):
         token, _, rank = line.partition(b" ")
         if rank != b"%d" % n:
-            raise ValueError(f"{file} line {n + 1} is {line[:60]!r}, not a token and {n}: cut short? download it again")
-        ids[base64.b64decode(token, validate=True)] = n
-    return ByteBPE(file, ids, ids, {name: len(ids) + i for i, name in enumerate(QWEN_SPECIALS)}, joined=True)
-
-
-def byte_bpe(file: Path, vocab: dict[str, int], merges: list, special: dict[str, int]) -> ByteBPE:
-    """From Hugging Face's spelling of the same, one printable character per byte: " café" is written "ĠcafÃ©"."""
-    own = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that stand for themselves; the rest: U+0100 ...
-    byte = {chr(b): b for b in own} | {chr(256 + n): b for n, b in enumerate(sorted(set(range(256)) - set(own)))}
-    ids = {bytes(byte[char] for char in token): i for token, i in vocab.items() if token not in special}
-    pairs = [merge.partition(" ")[::2] if isinstance(merge, str) else merge for merge in merges]  # "Ġ t" or ["Ġ", "t"]
-    ranks = {tuple(bytes(byte[char] for char in part) for part in pair): rank for rank, pair in enumerate(pairs)}
-    if odd := {b"".join(pair) for pair in ranks} ^ {token for token in ids if len(token) > 1}:
-        raise ValueError(f"{file}: {len(odd)} tokens, such as {min(odd)!r}, are in only one of vocabulary and merges: "
-                         "one is cut short or of another model, download both again")
-    return ByteBPE(file, ids, ranks, special, joined=False)
+            raise DataError(f"line {n + 1} is {line[:60]!r}, not a token and {n}: download it again")
+        ids[base64.b64decode(token, validate=True).decode("latin-1").translate(SPELL)] = n
+    special = {name: len(ids) + i for i, name in enumerate(QWEN_SPECIALS)}
+    return ByteBPE(file, ids, special, ids, [QWEN_SPLIT], whole=True, between="")
 
 
 def read_merges(file: Path) -> ByteBPE:
-    """`merges.txt`, with `vocab.json` and the files that may tell of special tokens beside it."""
-    vocab, config, added = (file.with_name(n) for n in ("vocab.json", "tokenizer_config.json", "added_tokens.json"))
-    special = json.loads(read_file(added)) if added.exists() else {}
-    if config.exists():
-        decoder = json.loads(read_file(config)).get("added_tokens_decoder", {})  # {"151643": {"content": name, ...}}
-        special |= {token["content"]: int(i) for i, token in decoder.items()}
-    lines = [line.rstrip("\r") for line in read_file(file).decode().split("\n")]
-    merges = [line for line in lines if line and not line.startswith("#version")]
-    return byte_bpe(file, json.loads(read_file(vocab)), merges, special)
+    """Qwen2's `merges.txt`, vocab.json and tokenizer_config.json, which do not tell how a text is cut."""
+    vocab = json.loads(read_file(file.with_name("vocab.json")))
+    config = json.loads(read_file(file.with_name("tokenizer_config.json")))
+    kind = config.get("tokenizer_class", "Qwen2Tokenizer")
+    if not kind.startswith("Qwen"):
+        raise DataError(f"it does not tell how {kind!r} cuts texts: copy the original's tokenizer.json here")
+    special = {token["content"]: int(i) for i, token in config["added_tokens_decoder"].items()}
+    lines = read_file(file).decode().splitlines()
+    ranks = {line: rank for rank, line in enumerate(lines) if line and not line.startswith("#version")}
+    if len(ranks) < len(vocab.keys() - special.keys()) - 256:
+        raise DataError(f"{len(ranks)} merges cannot make {len(vocab)} tokens: cut short, download it again")
+    return ByteBPE(file, vocab, special, ranks, [QWEN_SPLIT])
 
 
 def read_tokenizer_json(file: Path) -> ByteBPE:
+    """`tokenizer.json` of a byte-level BPE, which tells itself how a text is cut into words."""
     data = json.loads(read_file(file))
-    model, normalizer = data["model"], data["normalizer"] or {}
-    steps = {step["type"]: step for step in (data["pre_tokenizer"] or {}).get("pretokenizers", [])}
-    for what, have, want in (
-        ("model", model.get("type"), "BPE"),
-        ("ignore_merges", model.get("ignore_merges", False), False),
-        ("normalizer", normalizer.get("type"), "NFC"),
-        ("pre_tokenizer", list(steps), ["Split", "ByteLevel"]),
-        ("split pattern", steps.get("Split", {}).get("pattern", {}).get("Regex"), QWEN_SPLIT),
-    ):
-        if have != want:
-            raise ValueError(f"{file} is not Qwen's kind of BPE, the only one read here: {what} {have!r}, not {want!r}")
-    return byte_bpe(file, model["vocab"], model["merges"], {t["content"]: t["id"] for t in data["added_tokens"]})
+    model = {**data["model"], "normalizer": data.get("normalizer")}
+    if model.get("byte_fallback"):
+        raise DataError("it is sentencepiece in another form (byte_fallback), which is not read here: "
+                        "copy tokenizer.model from the original checkpoint into this folder")
+    plain = {"type": "BPE", "normalizer": {"type": "NFC"}, "dropout": None, "unk_token": None,
+             "continuing_subword_prefix": "", "end_of_word_suffix": ""}
+    for name, value in plain.items():
+        if model.get(name) not in (value, None):
+            raise DataError(f"its {name} {model[name]!r} {UNREAD}")
+    cutter = data.get("pre_tokenizer") or {}
+    steps, splits = cutter.get("pretokenizers") or [cutter], []
+    for step in steps:
+        match step, step is steps[-1]:
+            case {"type": "Split", "behavior": "Isolated", "invert": False, "pattern": {"Regex": pattern}}, False:
+                splits.append(pattern)
+            case {"type": "Digits", "individual_digits": True}, False:
+                splits.append(r"\p{N}")
+            case {"type": "ByteLevel", "add_prefix_space": False}, True:
+                if step.get("use_regex", True):
+                    splits.append(GPT2_SPLIT)
+            case _:
+                raise DataError(f"its pre_tokenizer {step} {UNREAD}")
+    special = {token["content"]: token["id"] for token in data["added_tokens"]}
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    ranks = {merge: rank for rank, merge in enumerate(merges)}
+    nfc, whole = model["normalizer"] is not None, model.get("ignore_merges", False)
+    return ByteBPE(file, model["vocab"], special, ranks, splits, nfc, whole)
+
+
+READERS = {"qwen.tiktoken": read_tiktoken, "tokenizer.model": SentencePiece,
+           "tokenizer.json": read_tokenizer_json, "merges.txt": read_merges}
+
+
+def special_names(folder: Path) -> dict:
+    """{"bos": name or None, "eos": ..., "pad": ...}, as tokenizer_config.json in the folder has it."""
+    file = folder / "tokenizer_config.json"
+    config = json.loads(read_file(file)) if file.exists() else {}
+    names = {}
+    for kind in ("bos", "eos", "pad"):
+        token = config.get(f"{kind}_token")         # "<s>" or {"content": "<s>", ...}
+        names[kind] = token["content"] if isinstance(token, dict) else token
+    return names
 
 
 def load_tokenizer(path: str | Path) -> SentencePiece | ByteBPE:
-    """The tokenizer in a checkpoint's folder; the path may also be that of the tokenizer's own file.
+    """The tokenizer of a checkpoint's folder, from the first of READERS' files in it, or from the file given.
 
-    Raises ValueError where there is none, or one that is not whole or of an unknown kind.
+    `.names` are its special_names. Raises DataError where there is none, or it is not whole or not known.
     """
     path = Path(path)
-    names = {path.name} if path.is_file() else {file.name for file in path.glob("*")}
-    if path.name == "vocab.json":
-        names = {"merges.txt"}
-    for name, reader in (("qwen.tiktoken", read_tiktoken), ("tokenizer.model", SentencePiece),
-                         ("merges.txt", read_merges), ("tokenizer.json", read_tokenizer_json)):
-        if name in names:
-            file = path.with_name(name) if path.is_file() else path / name
-            try:
-                return reader(file)
-            except (LookupError, TypeError, AttributeError, RuntimeError, binascii.Error,
-                    json.JSONDecodeError, UnicodeDecodeError) as error:
-                raise ValueError(f"{file} is cut short or of another kind ({error!r}): download it again") from None
-    found = ", ".join(sorted(names)[:9]) or ("nothing" if path.exists() else "no such folder")
-    raise ValueError(f"no tokenizer in {path}: found {found}, expected qwen.tiktoken, tokenizer.model, merges.txt with "
-                     "vocab.json, or tokenizer.json: copy the checkpoint's own tokenizer files there")
+    for name, reader in READERS.items():
+        file = path if path.name == name else path / name
+        if not file.is_file():
+            continue
+        try:
+            tokenizer = reader(file)
+            tokenizer.names = special_names(file.parent)
+            return tokenizer
+        except DataError as error:
+            raise DataError(f"{file}: {error}") from None
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise DataError(f"{file} is cut short or of another kind, {error!r}: download it again") from None
+    raise DataError(f"no tokenizer in {path}: copy {' or '.join(READERS)} there from the original checkpoint")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
