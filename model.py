@@ -13,6 +13,7 @@ D width of a head, R rotated channels of a head, V vocabulary, N positions of al
 """
 import hashlib
 import json
+import math
 import os
 import re
 import sys
@@ -43,6 +44,8 @@ class Config:
     rope_theta: float = 10000.0
     rope_dim: int = 0       # R
     rope_interleaved: bool = False  # channels (0,1), (2,3), ... turn together; else (0,R/2), (1,R/2+1), ...
+    rope_llama3: tuple = ()         # factor, low and high frequency factor, original length; (): no scaling
+    qk_norm: bool = False           # RMSNorm over each head's queries and keys
     qkv_bias: bool = False
     tied_head: bool = False         # the output head is the embedding matrix
     column: int = 0                 # of NAMES
@@ -71,6 +74,7 @@ class Config:
         if sizes["n_head"] % sizes["n_kv_head"]:
             raise ValueError(f"{file}: {sizes['n_head']} heads cannot share {sizes['n_kv_head']} key/value heads "
                              "evenly; fetch the file again")
+        sizes["rope_llama3"] = tuple(raw.get("rope_llama3", ()))
         if sizes["family"] == "qwen":           # it counts gate and up together
             sizes["ffn_dim"] //= 2
         sizes["rope_dim"] = sizes["head_dim"] // 2 if sizes["family"] == "chatglm" else sizes["head_dim"]
@@ -93,10 +97,13 @@ KEYS = {
 }
 SWITCHES = {
     "llama": {},
+    "mistral": {},
     "qwen2": {"qkv_bias": True},                                            # Qwen1.5, 2, 2.5
+    "qwen3": {"qk_norm": True},
     "qwen": {"qkv_bias": True, "column": 1},                                # first generation
     "chatglm": {"qkv_bias": True, "rope_interleaved": True, "column": 2},   # ChatGLM3
 }
+LLAMA3 = ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
 # What this transformer takes for granted. A config.json that has one of these keys otherwise is refused.
 FIXED = {
     "quantization_config": None, "quantization_bit": 0,         # whole weights only
@@ -115,10 +122,15 @@ def check_features(raw: dict, file: Path):
     for key in ("rope_scaling", "rope_parameters"):
         rope = raw.get(key) or {}
         kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
-        if kind != "default":
-            raise ValueError(f"{file}: {key} is {rope!r:.100}, but only the plain rotary embedding is here; use a "
-                             "model without scaling (where it was added for long texts, delete the key)")
+        if kind == "llama3":
+            raw["rope_llama3"] = [rope.get(name) for name in LLAMA3]
+        elif kind != "default":
+            raise ValueError(f"{file}: {key} is {rope!r:.100}, but only the plain rotary embedding and llama3's are "
+                             "here; use a model without (where it was added for long texts, delete the key)")
         raw |= {name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope}
+    if raw.get("sliding_window") and raw.get("use_sliding_window", True):
+        raise ValueError(f"{file}: sliding_window is {raw['sliding_window']!r:.80}, which is not implemented; use a "
+                         "model whose attention sees everything")
     for key, value in FIXED.items():
         if raw.get(key) not in (None, value):
             raise ValueError(f"{file}: {key} is {raw[key]!r:.100}, but only {value!r} is implemented; use another "
@@ -129,14 +141,22 @@ def check_features(raw: dict, file: Path):
 def rope_table(positions, config: Config):
     """Positions (B, T) -> cosines and sines (B, 1, T, R/2) in fp32, shared by all layers and heads."""
     steps = torch.arange(0, config.rope_dim, 2, device=positions.device).float() / config.rope_dim
-    angle = positions[:, None, :, None].float() * (1.0 / config.rope_theta ** steps)
+    turns = 1.0 / config.rope_theta ** steps                                    # (R/2,), radians per position
+    if config.rope_llama3:              # channels that turn less than `low` times in the original length slow down
+        factor, low, high, length = config.rope_llama3
+        keep = ((length * turns / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+        turns = turns * (keep + (1 - keep) / factor)
+    angle = positions[:, None, :, None].float() * turns
     return angle.cos(), angle.sin()
+
+def at_least_fp32(x):
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 def apply_rope(x, rope, interleaved: bool):
     """Turn the first R channels of each head of x (B, heads, T, D) by its position's angles; others stay."""
     cos, sin = rope
     R = 2 * cos.size(-1)
-    turned, rest = x[..., :R].float(), x[..., R:]
+    turned, rest = at_least_fp32(x[..., :R]), x[..., R:]
     a, b = (turned[..., 0::2], turned[..., 1::2]) if interleaved else turned.chunk(2, dim=-1)
     a, b = a * cos - b * sin, b * cos + a * sin                                 # (B, heads, T, R/2)
     turned = torch.stack((a, b), dim=-1).flatten(-2) if interleaved else torch.cat((a, b), dim=-1)
@@ -195,13 +215,18 @@ class Attention(nn.Module):
         heads = config.n_head + 2 * config.n_kv_head
         self.qkv = nn.Linear(config.dim, heads * config.head_dim, bias=config.qkv_bias)
         self.out = nn.Linear(config.n_head * config.head_dim, config.dim, bias=False)
+        if config.qk_norm:
+            self.q_norm = nn.RMSNorm(config.head_dim, config.norm_eps)
+            self.k_norm = nn.RMSNorm(config.head_dim, config.norm_eps)
 
     def forward(self, x, places: Places, cache: KVCache | None = None):
         """Hidden states (B, T, C) -> what the wanted positions read, (B, last, C)."""
         c, last = self.config, places.last
         qkv = at_real(self.qkv, x, places.real).unflatten(2, (-1, c.head_dim))  # (B, T, H + 2K, D)
-        qk, v = qkv.transpose(1, 2).split([c.n_head + c.n_kv_head, c.n_kv_head], dim=1)
-        q, k = apply_rope(qk, places.rope, c.rope_interleaved).split([c.n_head, c.n_kv_head], dim=1)
+        q, k, v = qkv.transpose(1, 2).split([c.n_head, c.n_kv_head, c.n_kv_head], dim=1)
+        if c.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = (apply_rope(t, places.rope, c.rope_interleaved) for t in (q, k))
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)                               # (B, K, S, D)
         if c.n_kv_head < c.n_head:      # query head h reads key/value head h // (H/K): 0 0 0 1 1 1, not 0 1 0 1 0 1
@@ -274,7 +299,7 @@ class LLM(nn.Module):
     def logits(self, hidden):
         """Hidden states (..., C) -> scores of the next token (..., V) in fp32. Pass only what you need."""
         head = self.embed if self.config.tied_head else self.head
-        return F.linear(hidden, head.weight).float()
+        return at_least_fp32(F.linear(hidden, head.weight))
 
     def forward(self, x, mask=None, cache: KVCache | None = None, recompute=0, last: int | None = None):
         """Embeddings (B, T, C) -> hidden states after the last norm, (B, T, C), or of the `last` positions alone.
@@ -352,6 +377,8 @@ NAMES = {
     "attn_norm": ("input_layernorm", "ln_1", "input_layernorm"),
     "attn.qkv": ("self_attn.q_proj self_attn.k_proj self_attn.v_proj", "attn.c_attn",
                  "self_attention.query_key_value"),
+    "attn.q_norm": ("self_attn.q_norm",),
+    "attn.k_norm": ("self_attn.k_norm",),
     "attn.out": ("self_attn.o_proj", "attn.c_proj", "self_attention.dense"),
     "mlp_norm": ("post_attention_layernorm", "ln_2", "post_attention_layernorm"),
     "mlp.gate_up": ("mlp.gate_proj mlp.up_proj", "mlp.w2 mlp.w1", "mlp.dense_h_to_4h"),     # w2 is Qwen's gate
