@@ -26,7 +26,7 @@ import stat
 import struct
 import sys
 import unicodedata
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -654,123 +654,90 @@ for core in ("numpy.core", "numpy._core"):  # numpy 1 and 2
               (f"{core}.numeric", "_frombuffer"): PickleMachine.frombuffer}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Files: below a folder, else in the hub's cache, which is where downloads go
 
-
-def hub_cache(repo: str, kind: str) -> Path:
-    """The folder in which the hub's client keeps a "model" or "dataset"; there may be none."""
-    env = os.environ.get
-    home = env("HF_HOME") or Path(env("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
-    cache = Path(env("HF_HUB_CACHE") or Path(home) / "hub").expanduser() / f"{kind}s--{repo.replace('/', '--')}"
-    commit = cache / "refs" / "main"
-    return cache / "snapshots" / (commit.read_text().strip() if commit.is_file() else "none")
+LLM_FILES = ["*.json", "*.model", "*.tiktoken", "merges.txt", "*.safetensors"]
 
 
-def candidates(task: Task, root: Path, split: str) -> list[Path]:
-    """All files below `root` that may be the published one of a split."""
-    name = task.files[split]
-    if (root / name).is_file():
-        return [root / name]
-    # MOSI's and MOSEI's files have one last name: the nearest folder that is named like one of the two decides.
-    alike = [other.files[split] for other in TASKS.values() if Path(other.files[split]).name == Path(name).name]
-    homes = sorted(Path(other).parts[0] for other in alike)
-
-    def ours(path: Path) -> bool:
-        named = [home for part in path.absolute().parts for home in homes if home in part]
-        return path.is_file() and named[-1:] in ([], [Path(name).parts[0]])
-
-    found = sorted(filter(ours, root.rglob(Path(name).name)))
-    return [path for path in found if path.absolute().as_posix().endswith(name)] or found
-
-
-def find_data(task: Task, data_dir, split: str) -> Path:
-    """The published file of a split, anywhere below `data_dir`. Raises DataError that says how to get it."""
-    name = task.files[split]
-    for root in (Path(data_dir), *([hub_cache(task.hub, "dataset")] if task.hub else [])):
-        found = candidates(task, root, split)
-        if len(found) > 1:
-            raise DataError(f"{root}: {len(found)} files could be {name}: {', '.join(map(str, found))}; "
-                            "point --data-dir at the folder of one")
-        if found:
-            return found[0]
-    get = (f"get it with --download, or: hf download {task.hub} --repo-type dataset --local-dir {data_dir}"
-           if task.hub else "put it there; github.com/thuiar/MMSA tells where it is published")
-    raise DataError(f"{data_dir}: {name} was not found in or below this folder; {get}")
+def hub_folder(repo: str, kind: str, files: list, fetch: bool) -> Path | None:
+    """Where the hub's client keeps these files of a "model" or "dataset". `fetch`: downloaded, or DataError."""
+    inner = "*/*" if kind == "model" else None          # a model's folders hold other formats
+    try:
+        from huggingface_hub import snapshot_download as get            # optional
+        return Path(get(repo, repo_type=kind, allow_patterns=files, ignore_patterns=inner,
+                        local_files_only=not fetch))
+    except Exception as error:      # the client's kinds of error change from version to version
+        if not fetch:
+            return None
+        advice = "check the network"
+        if isinstance(error, ImportError):
+            advice = "pip install huggingface_hub"
+        elif type(error).__name__ in ("GatedRepoError", "RepositoryNotFoundError"):
+            advice = ("check the name; if it is gated, as LLaMA2 is, accept the licence at "
+                      f"https://huggingface.co/{repo}, make a token there and run: hf auth login")
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(f"{repo} cannot be fetched ({reason}): {advice}; or by hand: "
+                        f"hf download {repo} --repo-type {kind}") from None
 
 
-def find_llm(name) -> Path:
+def find_llm(name, fetch: bool = False) -> Path:
     """The checkpoint's folder, given that or a hub name. Raises DataError that says how to get it."""
-    for path in (Path(name), hub_cache(str(name), "model")):
-        if path.is_dir():
-            return path
-    hub = str(name) if str(name).count("/") == 1 else "Qwen/Qwen-1_8B"
-    raise DataError(f"{name}: no such backbone, neither as a folder nor in the hub's cache; get one with: "
-                    f"train.py --llm {hub} --download, or: hf download {hub}")
-
-
-def fetch_data(task: Task, data_dir):
-    """Download a data set that is not below `data_dir`. Raises DataError."""
-    published = {Path(name).name for name in task.files.values()}
-    if task.hub and not all(candidates(task, Path(data_dir), split) for split in SPLITS):
-        fetch(task.hub, "dataset", lambda names: [name for name in names if Path(name).name in published])
+    if Path(name).is_dir():
+        return Path(name)
+    folder = hub_folder(str(name), "model", LLM_FILES, fetch)
+    if folder is None:
+        raise DataError(f"{name}: no such backbone, neither as a folder nor in the hub's cache; get it with: "
+                        f"train.py --llm {name} --download, or: hf download {name}")
+    if fetch and not any(folder.glob("*.safetensors")):
+        hub_folder(str(name), "model", ["*.bin"], fetch)
+    return folder
 
 
 def fetch_llm(name):
-    """Download a backbone given by its hub name: config, tokenizer, weights (.bin only if there is no .safetensors)."""
-    def wanted(names):
-        weights = ".safetensors" if any(name.endswith(".safetensors") for name in names) else ".bin"
-        ends = (".json", ".model", ".tiktoken", "merges.txt", weights)
-        return [name for name in names if name.endswith(ends) and "/" not in name]
-
-    if not Path(name).is_dir() and str(name).count("/") == 1:
-        fetch(str(name), "model", wanted)
+    """Download a backbone: config, tokenizer, weights (.bin only if there is no .safetensors)."""
+    find_llm(name, fetch=True)
 
 
-def fetch(repo: str, kind: str, wanted):
-    """Download into the hub's cache what the function `wanted` picks of a repository's file names. Raises DataError."""
-    endpoint, cached = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/"), hub_cache(repo, kind)
-    page, by_hand = f"{endpoint}/{repo}", f"hf download {repo}"
-    if kind == "dataset":
-        page, by_hand = f"{endpoint}/datasets/{repo}", f"{by_hand} --repo-type dataset"
-    try:
-        import huggingface_hub as hub  # only downloads need it
-    except ImportError:
-        raise DataError("--download needs huggingface_hub: pip install huggingface_hub, and run this again; "
-                        f"or fetch it yourself: {by_hand}") from None
-    try:
-        info = hub.HfApi().repo_info(repo, repo_type=kind, files_metadata=True)
-        sizes = {file.rfilename: file.size or 0 for file in info.siblings}
-        names = wanted(list(sizes))
-        new = [name for name in names if not (cached.with_name(info.sha) / name).exists()]
-        if new:
-            print(f"downloading {', '.join(new)}: {sum(sizes[name] for name in new):,} bytes from {page} "
-                  f"to {cached.parents[1]}", flush=True)
-            hub.snapshot_download(repo, repo_type=kind, allow_patterns=names)
-    except Exception as error:          # the client's kinds of error change from version to version
-        status = getattr(getattr(error, "response", None), "status_code", 0)
-        found = {404: "does not exist (status 404): check the name"}.get(status)
-        if status in (401, 403):
-            found = (f"is gated, private or misspelt (status {status}): check the name; if it is gated, as LLaMA2 is, "
-                     f"accept the licence on that page, make a token at {endpoint}/settings/tokens and pass it on with "
-                     "`hf auth login` or in HF_TOKEN")
-        if found is None:
-            reason = " ".join(str(error).split())[:200]
-            found = (f"cannot be fetched ({type(error).__name__}: {reason}): check the network, name a mirror in "
-                     f"HF_ENDPOINT, or fetch it on another machine: {by_hand}")
-            if cached.is_dir():         # perhaps all that is needed
-                return print(f"{page} {found}; going on with {cached}", file=sys.stderr)
-        raise DataError(f"{page} {found}") from None
-    if not names:
-        raise DataError(f"{page} has none of the files that were expected, only {', '.join(sizes)[:500] or 'nothing'}")
+def candidates(task: Task, root: Path, split: str) -> list[Path]:
+    """The files in or below `root` that may be the published one of a split."""
+    published = root / task.files[split]
+    if published.is_file():
+        return [published]
+    # MOSI's and MOSEI's files have one last name: the nearest folder named like one of the two decides.
+    alike = [other.name for other in TASKS.values() if Path(other.files[split]).name == published.name]
+    names = "|".join([task.name, *alike])
+    return [path for path in sorted(root.rglob(published.name))
+            if re.findall(names, str(path.absolute()).lower())[-1:] in ([], [task.name])]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def find_data(task: Task, data_dir, split: str, fetch: bool = False) -> Path:
+    """The published file of a split, anywhere below `data_dir`. Raises DataError that says how to get it."""
+    name, advice = task.files[split], "put it there; github.com/thuiar/MMSA tells where it is published"
+    found = candidates(task, Path(data_dir), split)
+    if task.hub and not found:
+        advice = f"try --download, or: hf download {task.hub} --repo-type dataset --local-dir {data_dir}"
+        folder = hub_folder(task.hub, "dataset", [f"*{Path(name).name}"], fetch)
+        found = candidates(task, folder, split) if folder else []
+    if not found:
+        raise DataError(f"{data_dir}: {name} was not found in or below this folder; {advice}")
+    if len(found) > 1:
+        listed = ", ".join(map(str, found))
+        raise DataError(f"{data_dir}: {len(found)} files could be {name}: {listed}; point --data-dir at one")
+    return found[0]
+
+
+def fetch_data(task: Task, data_dir):
+    """Download what of a data set is not below `data_dir`. Raises DataError."""
+    for split in SPLITS:
+        find_data(task, data_dir, split, fetch=True)
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Rows
 
-
 FEATURES = ("audio", "video")
-FIELDS = ("text", "audio", "video", "label", "audio_len", "video_len", "id")        # the first four are required
+FIELDS = ("text", "audio", "video", "label", "audio_len", "video_len", "id")    # the first four are required
 TABLE_KEYS = ("raw_text", "audio", "vision", "regression_labels", "audio_lengths", "vision_lengths", "id")
 
 
@@ -795,139 +762,122 @@ class Split:
 
 
 def read_split(task: Task, file: Path, split: str) -> Split:
-    """A split just as the file has it; `faults` looks at its rows. Raises DataError for another layout.
+    """A split just as the file has it; `problems` looks at its rows. Raises DataError for another layout.
 
-    The file holds one split or a dict of all, {"train": split, "valid": split, "test": split}. A split is either of
-        rows    [{"label": y, "features": {"text", "audio" (La, Da), "video" (Lv, Dv), "audio_len", "video_len"}}, ...]
-        table   {"raw_text": N texts, "audio": (N, La, Da), "vision": (N, Lv, Dv), "audio_lengths", "vision_lengths",
-                 "regression_labels" or, if they are classes, "labels", "id"}
-    and may lack ids, and lengths: then all frames are real.
+    The file holds one split, or all in a dict {"train": split, ...}. It may lack ids, and lengths: then all
+    frames are real. A split is either of
+        rows    [{"label": y, "features": {"text", "audio" (La, Da), "video", "audio_len", "video_len"}}, ...]
+        table   {"raw_text": N texts, "audio": (N, La, Da), "vision": (N, Lv, Dv), "audio_lengths",
+                 "vision_lengths", "regression_labels" or, if they are classes, "labels", "id"}
     """
-    raw, where, keys = read_pickle(file), f"{file}, {split}", dict(zip(FIELDS, TABLE_KEYS))
+    raw, keys = read_pickle(file), dict(zip(FIELDS, TABLE_KEYS))
     if isinstance(raw, dict) and split in raw:
         raw = raw[split]
     elif len(set(task.files.values())) == 1:
-        raise DataError(f"{where}: not there; expected a dict of {', '.join(SPLITS)} in the one file of {task.name}")
-    if isinstance(raw, list):
-        raw, keys = _table(raw, where), dict(zip(FIELDS, FIELDS))
-    elif task.labels:
+        raise DataError(f"{file}, {split}: not there; expected a dict of train, valid, test in this one file")
+    if task.labels:
         keys["label"] = "labels"
+    if isinstance(raw, list):
+        keys = dict(zip(FIELDS, FIELDS))
+        rows = [flat(row) for row in raw]
+        raw = {key: [row.get(key) for row in rows] for key in set(FIELDS).union(*rows) - {"features"}}
     raw = raw if isinstance(raw, dict) else {}
-    table = {name: raw[key] for name, key in keys.items() if isinstance(raw.get(key), (list, tuple, np.ndarray))}
-    if lacking := [keys[name] for name in FIELDS[:4] if name not in table]:
-        raise DataError(f"{where}: has no {', '.join(lacking)}; expected a list of rows or a dict of such columns")
-    n, counts = len(table["text"]), {keys[name]: len(column) for name, column in table.items()}
-    if set(counts.values()) != {n} or n == 0:
-        raise DataError(f"{where}: has columns of {counts} entries; expected as many in each, and at least one")
-    columns = {name: _scalars(table.get(name, [None] * n)) for name in FIELDS if name not in FEATURES}
+    lists = (list, tuple, np.ndarray)
+    table = {name: raw[key] for name, key in keys.items() if isinstance(raw.get(key), lists)}
+    counts = {keys[name]: len(table.get(name, ())) for name in (*FIELDS[:4], *table)}
+    n = counts[keys["text"]]
+    if n == 0 or set(counts.values()) != {n}:
+        raise DataError(f"{file}, {split}: has {counts} entries; expected as many in each, and at least one, "
+                        "or a list of rows {'label': y, 'features': {'text': x, 'audio': (La, Da), ...}}")
+    for name in set(FIELDS) - set(FEATURES):
+        table[name] = [scalar(x) for x in table.get(name, [None] * n)]
     for kind in FEATURES:
-        columns[kind], key = list(table[kind]), f"{kind}_len"
-        columns[key] = [_length(length, x) for length, x in zip(columns[key], columns[kind])]
-    columns["id"] = [str(i if name is None else name) for i, name in enumerate(columns["id"])]
-    return Split(**columns, unused=sorted(raw.keys() - keys.values()))
+        table[kind], lengths = list(table[kind]), table[f"{kind}_len"]
+        for row, x in enumerate(table[kind]):
+            if lengths[row] is None and isinstance(x, np.ndarray) and x.ndim:
+                lengths[row] = len(x)
+    table["id"] = [str(row if name is None else name) for row, name in enumerate(table["id"])]
+    return Split(**table, unused=sorted(map(str, raw.keys() - keys.values())))
 
 
-def _table(rows: list, where: str) -> dict:
-    """Rows as columns; None stands where a row has no length or id."""
-    table = {}
-    for i, row in enumerate(rows):
-        features = row.get("features") if isinstance(row, dict) else None
-        flat = row | features if isinstance(features, dict) else {}
-        if lacking := [name for name in FIELDS[:4] if name not in flat]:
-            raise DataError(f"{where}: row {i} has no {', '.join(lacking)}; expected "
-                            "{'label': y, 'features': {'text', 'audio', 'video', 'audio_len', 'video_len'}}")
-        table = table or {key: [] for key in (*FIELDS, *flat) if key != "features"}
-        for key, column in table.items():
-            column.append(flat.get(key))
-    return table
+def flat(row) -> dict:
+    """A row of the first layout, its features beside its label; {} for anything else."""
+    features = row.get("features") if isinstance(row, dict) else None
+    return row | features if isinstance(features, dict) else {}
 
 
-def _scalars(column) -> list:
-    """A column's entries as Python's own scalars: bytes become text, arrays of one number that number."""
-    entries = column.tolist() if isinstance(column, np.ndarray) and column.ndim == 1 else list(column)
-    entries = [x.item() if isinstance(x, np.ndarray) and x.size == 1 else x for x in entries]
-    return [str(x, "utf-8", "replace") if isinstance(x, (bytes, memoryview)) else x for x in entries]
-
-
-def _length(length, x):
-    if length is None:
-        return len(x) if isinstance(x, np.ndarray) and x.ndim else 0
-    return int(length) if isinstance(length, float) and length.is_integer() else length
+def scalar(x):
+    """A column's entry as Python's own text or number, 3.0 as 3; anything else as it is."""
+    if isinstance(x, (np.ndarray, np.generic)) and x.size == 1:
+        x = x.item()
+    if isinstance(x, float) and x.is_integer():
+        return int(x)
+    return str(x, "utf-8", "replace") if isinstance(x, (bytes, memoryview)) else x
 
 
 def number(task: Task, label) -> int | float | None:
     """A class's number, or the intensity; None for what is no label of the task."""
     if task.labels:
-        return task.labels.index(label) if isinstance(label, str) and label in task.labels else None
-    return float(label) if isinstance(label, (int, float)) and task.range[0] <= label <= task.range[1] else None
+        return {name: i for i, name in enumerate(task.labels)}.get(str(label))
+    fits = isinstance(label, (int, float)) and task.range[0] <= label <= task.range[1]
+    return float(label) if fits else None
 
 
-def faults(task: Task, data: Split, widths: dict):
-    """Yield (row, field, what it has) for all that makes a row unusable. widths: of the features seen so far."""
-    wanted = ", ".join(task.labels) or "a number from {} to {}".format(*task.range)
+def problems(task: Task, data: Split, widths: dict):
+    """Yield (row, field, what it has, is that unusable?). widths: of the features seen so far."""
+    wanted = ", ".join(task.labels) or f"a number from {task.range[0]} to {task.range[1]}"
     for row, (text, label) in enumerate(zip(data.text, data.label)):
         if not isinstance(text, str):
-            yield row, "text", f"a text that is {text!r:.60}; expected a string, '' for none"
+            yield row, "text", f"a text that is {text!r:.60}; expected a string, '' for none", True
         if number(task, label) is None:
-            yield row, "label", f"the label {label!r:.60}; expected {wanted}"
+            yield row, "label", f"the label {label!r:.60}; expected {wanted}", True
         for kind in FEATURES:
             x, length = getattr(data, kind)[row], getattr(data, f"{kind}_len")[row]
-            if not isinstance(x, np.ndarray) or x.ndim != 2 or x.dtype.kind not in "fiub" or x.shape[1] == 0:
-                found = f"{x.dtype} {x.shape}" if isinstance(x, np.ndarray) else f"{x!r:.60}"
-                yield row, kind, f"{kind} that is {found}; expected numbers (frames, features)"
+            if not isinstance(x, np.ndarray):
+                yield row, kind, f"{kind} that is {x!r:.60}; expected an array of frames x features", True
+            elif x.ndim != 2 or x.dtype.kind not in "fiub" or x.shape[1] == 0:
+                yield row, kind, f"{kind} that is {x.dtype} {x.shape}; expected frames x features", True
             elif x.shape[1] != widths.setdefault(kind, x.shape[1]):
-                yield row, kind, f"{x.shape[1]} {kind} features; expected {widths[kind]} as in the rows before it"
+                yield row, kind, f"{x.shape[1]} {kind} features; expected {widths[kind]} as in the rows before", True
             elif not isinstance(length, int) or not 0 <= length <= len(x):
-                yield row, kind, f"the {kind} length {length!r:.60}; expected a count of its {len(x)} frames"
+                yield row, kind, f"the {kind} length {length!r:.60}; expected 0 to its {len(x)} frames", True
+            elif not (np.abs(x[:length]) <= np.finfo(np.float32).max).all():
+                yield row, kind, f"NaN or infinities in {kind}, read as 0", False
 
 
 def clean(x: np.ndarray) -> np.ndarray:
-    """Features as fp32. The one policy for odd values: NaN and both infinities become 0 (in the release, NaN of video
-    and -inf of audio). An empty text is kept, a modality of length 0 is missing, and anything else odd is a fault."""
+    """Features as fp32; NaN and both infinities become 0 (in the release, NaN of video and -inf of audio)."""
     with np.errstate(over="ignore"):
         x = x.astype(np.float32)
     x[~np.isfinite(x)] = 0
     return x
 
 
-def odd_values(x: np.ndarray) -> Counter:
-    """How many values `clean` sets to 0, by kind."""
-    with np.errstate(over="ignore"):
-        x = x.astype(np.float32, copy=False)
-    if np.isfinite(x).all():            # nearly always
-        return Counter()
-    return Counter({"NaN": np.isnan(x).sum(), "+inf": np.isposinf(x).sum(), "-inf": np.isneginf(x).sum()})
-
-
-def odd_words(odd: Counter) -> str:
-    return ", ".join(f"{odd[name]:,} {name}" for name in ("NaN", "+inf", "-inf") if odd[name])
-
-
 def load_split(task: Task, data_dir, split: str) -> Split:
-    """Read "train", "valid" or "test"; tells on stderr what is odd. Raises DataError that names file, row and value."""
+    """Read "train", "valid" or "test"; tells on stderr what is odd: an empty text is kept, a modality of length 0
+    is missing. Raises DataError for a row that cannot be used: file, row, what it has, what was expected."""
     file = find_data(task, data_dir, split)
-    data, told = read_split(task, file, split), []
-    for row, _, has in faults(task, data, {}):
-        raise DataError(f"{file}, {split}: row {row} has {has}; to list every such row: python data.py {task.name} "
-                        f"--data-dir {data_dir}")
-    data.label = [number(task, label) for label in data.label]
+    data = read_split(task, file, split)
+    told = Counter({"no text": data.text.count("")})
     for kind in FEATURES:
-        odd = sum((odd_values(data.features(kind, row)) for row in range(len(data))), Counter())
-        missing = getattr(data, f"{kind}_len").count(0)
-        told += [f"{odd_words(odd)} in {kind} become 0"] * bool(odd) + [f"{missing} rows lack {kind}"] * bool(missing)
-    if "" in data.text:
-        told.append(f"{data.text.count('')} texts are empty")
-    if told:
-        print(f"{task.name} {split}: {', '.join(told)}", file=sys.stderr)
+        told[f"no {kind}"] = getattr(data, f"{kind}_len").count(0)
+    for row, _, has, unusable in problems(task, data, {}):
+        told[has] += 1
+        if unusable:
+            raise DataError(f"{file}, {split}: row {row} has {has}; to list every such row: "
+                            f"python data.py {task.name} --data-dir {data_dir}")
+    for has, n in (+told).items():
+        print(f"{task.name} {split}: {n} rows have {has}", file=sys.stderr)
+    data.label = [number(task, label) for label in data.label]
     return data
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Batches
 
 
 class Batch(NamedTuple):
-    """What the method reads. Features end with the longest row of the batch; behind a row's length they are zero."""
+    """What the method reads. Features end with the longest row; behind a row's length they are zero."""
     text: list                      # B strings
     audio: torch.Tensor             # (B, La, Da) fp32
     audio_len: torch.Tensor         # (B,)
@@ -946,16 +896,13 @@ def collate(split: Split, rows) -> Batch:
             row[:len(x)] = x
         return torch.from_numpy(out), torch.tensor(lengths)
 
-    (audio, audio_len), (video, video_len) = map(padded, FEATURES)
-    return Batch([split.text[i] for i in rows], audio, audio_len, video, video_len, [split.label[i] for i in rows])
+    text, label = [split.text[row] for row in rows], [split.label[row] for row in rows]
+    return Batch(text, *padded("audio"), *padded("video"), label)
 
 
 def epoch_rows(n: int, size: int, seed: int | None = None, epoch: int = 0) -> list:
-    """Row numbers of each batch: shuffled, a pure function of (seed, epoch); in the file's order without a seed.
-
-    Batches of rows of like length would need less padding, but they are no random samples: tried on MELD, they scored
-    worse.
-    """
+    """Row numbers of each batch: a pure function of (seed, epoch); in the file's order without a seed.
+    Rows of like lengths would need less padding, but are no random samples: on MELD they scored worse."""
     # The legacy generator, because numpy promises that its stream never changes.
     order = np.arange(n) if seed is None else np.random.RandomState([seed, epoch]).permutation(n)
     return [order[i:i + size].tolist() for i in range(0, n, size)]
@@ -967,138 +914,120 @@ def batches(split: Split, size: int, seed: int | None = None, epoch: int = 0):
         yield collate(split, rows)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The check: what a data set holds, in words, and its problems. A problem is (row, field, what the row "has").
-
+# ------------------------------------------------------------------------------------------------------------
+# The check: what a data set holds, in words, and its problems
 
 SHOWN = 10      # problems of one kind that are listed
 
 
 def check(task: Task, data_dir, tokenizer=None) -> int:
     """Print what a data set holds, then its problems by row; returns their number. Raises DataError."""
-    splits, usable, widths, problems, published = {}, {}, {}, [], False
+    splits, usable, widths, found, published = {}, {}, {}, defaultdict(list), False
     for split in SPLITS:
         file = find_data(task, data_dir, split)
         data = splits[split] = read_split(task, file, split)
-        print(f"{split}: {beside(len(data), task.rows.get(split))} rows in {file}")
-        if task.sha256 and split == SPLITS[0]:
-            published = sha256(file) == task.sha256
-            print(f"  sha256   {'as published' if published else 'not the published one: changed, or another version'}")
-        found = list(faults(task, data, widths))
-        unfit = {(row, field) for row, field, _ in found}
-        fit = {name: [row for row in range(len(data)) if (row, name) not in unfit] for name in FIELDS}
-        usable[split] = sorted(set.intersection(*map(set, fit.values())))
-        print_texts(task, [data.text[row] for row in fit["text"]], tokenizer)
-        for kind in FEATURES:
-            odd = print_features(task, data, kind, fit[kind])
-            found += [] if published else odd           # some of the published files have such values
-        print(f"  unused   {', '.join(data.unused) or 'nothing else is in the file'}")
-        print_labels(task, [number(task, data.label[row]) for row in fit["label"]])
-        first = {}
-        found += [(row, "id", f"the id {name!r} of row {first[name]}") for row, name in enumerate(data.id)
-                  if first.setdefault(name, row) != row]
-        problems += [(split, *problem) for problem in found]
-    doubles = compare(task, splits, usable)
-    problems += [] if published else doubles
-    shown = Counter()
-    for split, row, kind, has in problems:
-        shown[split, kind] += 1
-        if shown[split, kind] <= SHOWN:
+        print(f"{split}: {len(data)}{beside(len(data), task.rows.get(split))} rows in {file}")
+        if task.sha256 and split == SPLITS[0]:          # the published files have odd values and doubles
+            published = hashlib.sha256(np.memmap(file, mode="r")).hexdigest() == task.sha256
+            print(f"  sha256   {'as published' if published else 'not the published one: another version'}")
+        bad, first = set(), {}
+        for row, name, has, unusable in problems(task, data, widths):
+            if unusable:
+                bad.add(row)
+            if unusable or not published:
+                found[split, name].append((row, has))
+        for row, name in enumerate(data.id):
+            if first.setdefault(name, row) != row:
+                found[split, "id"].append((row, f"the id {name!r} of row {first[name]}"))
+        usable[split] = [row for row in range(len(data)) if row not in bad]
+        if usable[split]:
+            describe(task, data, usable[split], tokenizer)
+    for split, row, has in compare(task, splits, usable):
+        if not published:
+            found[split, "double"].append((row, has))
+    for (split, name), listed in found.items():
+        for row, has in listed[:SHOWN]:
             print(f"problem: {split} row {row} has {has}")
-    for (split, kind), n in shown.items():
-        if n > SHOWN:
-            print(f"problem: {n - SHOWN:,} more such rows of {split} ({kind})")
-    print(f"{task.name}: {len(problems):,} problems{', rows counted from 0' if problems else ''}")
-    return len(problems)
+        if len(listed) > SHOWN:
+            print(f"problem: {len(listed) - SHOWN:,} more such rows of {split} ({name})")
+    n = sum(map(len, found.values()))
+    print(f"{task.name}: {n:,} problems{', rows counted from 0' if n else ''}")
+    return n
 
 
 def beside(found, published) -> str:
-    note = "" if published is None else "as published" if found == published else f"published: {published}"
-    return f"{found} ({note})" if note else f"{found}"
+    if published is None:
+        return ""
+    return " (as published)" if found == published else f" (published: {published})"
 
 
-def sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with open(file, "rb") as blocks:
-        while block := blocks.read(1 << 24):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def print_texts(task: Task, texts: list, tokenizer):
-    sizes, cut = list(map(len, texts)) or [0], ""
+def describe(task: Task, data: Split, rows: list, tokenizer):
+    """Print what these rows hold: texts, features, labels."""
+    texts, cut = [data.text[row] for row in rows], ""
     if tokenizer is not None:
         n = sum(len(tokenizer.encode(text)) > task.text_len for text in texts)
-        cut = f"; {n} ({n / max(1, len(texts)):.1%}) have more than {task.text_len} tokens and will be cut"
-    print(f"  text     {min(sizes)} to {max(sizes)} characters, {texts.count('')} empty{cut}")
-
-
-def print_features(task: Task, data: Split, kind: str, rows: list) -> list:
-    """Describe one modality of these rows; returns the problems, values that are not finite."""
-    odd, low, high, sums, zero = [], math.inf, -math.inf, np.zeros(3), 0
-    for row in rows:
-        x = data.features(kind, row)
-        if values := odd_values(x):
-            odd.append((row, kind, f"{odd_words(values)} in {kind}, read as 0"))
-        x = clean(x).astype(float).ravel()
-        low, high = min(low, x.min(initial=math.inf)), max(high, x.max(initial=-math.inf))
-        sums, zero = sums + (x.size, x.sum(), x @ x), zero + (x.size > 0 and not x.any())
-    n, mean, square = sums / (1, sums[0] or 1, sums[0] or 1)
-    std = math.sqrt(max(0, square - mean ** 2))
-    values = f"{low:.3g} to {high:.3g}, mean {mean:.3g}, std {std:.3g}" if n else "no values"
-    if rows:
+        cut = f"; {n} ({n / len(rows):.1%}) have more than {task.text_len} tokens and will be cut"
+    sizes = [len(text) for text in texts]
+    print(f"  text     {min(sizes)} to {max(sizes)} characters, {sizes.count(0)} empty{cut}")
+    for kind in FEATURES:
+        features = [data.features(kind, row) for row in rows]
+        lengths = [len(x) for x in features]
+        figures = []
+        for x in map(clean, features):
+            x = x.astype(float)
+            low, high = x.min(initial=math.inf), x.max(initial=-math.inf)
+            figures.append((low, high, x.size, x.sum(), (x * x).sum()))
+        low, high, n, total, squares = np.array(figures).T
         shapes = sorted({getattr(data, kind)[row].shape for row in rows})
-        shape = " to ".join(map(str, shapes[::max(1, len(shapes) - 1)]))        # the first and the last
-        types = ", ".join(sorted({str(getattr(data, kind)[row].dtype) for row in rows}))
-        lengths = [getattr(data, f"{kind}_len")[row] for row in rows]
-        published = str((getattr(task, f"{kind}_len"), getattr(task, f"{kind}_dim")))
-        print(f"  {kind:8} {beside(shape, published)}, {types}; lengths {min(lengths)} to {max(lengths)}; "
-              f"missing in {lengths.count(0)} rows, all zero in {zero}\n           {values}")
-    return odd
-
-
-def print_labels(task: Task, labels: list):
-    """A line and a bar for each class, or for each step in the range of an intensity."""
-    names = task.labels
-    if not names:
+        shape = f"{shapes[0]}" if len(shapes) == 1 else f"{shapes[0]} to {shapes[-1]}"
+        published = f"({getattr(task, f'{kind}_len')}, {getattr(task, f'{kind}_dim')})"
+        types = ", ".join(sorted({str(x.dtype) for x in features}))
+        print(f"  {kind:8} {shape}{beside(shape, published)}, {types}; lengths {min(lengths)} to {max(lengths)};"
+              f" missing in {lengths.count(0)} rows, all zero in {np.sum((n > 0) & (squares == 0))}")
+        if n.any():
+            mean = total.sum() / n.sum()
+            std = math.sqrt(max(0, squares.sum() / n.sum() - mean ** 2))
+            print(f"           {low.min():.3g} to {high.max():.3g}, mean {mean:.3g}, std {std:.3g}")
+    print(f"  unused   {', '.join(data.unused) or 'nothing else is in the file'}")
+    labels, names = [number(task, data.label[row]) for row in rows], task.labels
+    if not names:                       # a bar for each step in the range of an intensity
         low, high = task.range
         step = 1.0 if high > 1 else 0.2
         names = [f"{low + i * step:+.1f}" for i in range(round((high - low) / step) + 1)]
         labels = [round((y - low) / step) for y in labels]
     for i, name in enumerate(names):
-        share = labels.count(i) / max(1, len(labels))
+        share = labels.count(i) / len(rows)
         print(f"  {name:8} {labels.count(i):6,} {share:6.1%} {'#' * round(60 * share)}".rstrip())
 
 
 def compare(task: Task, splits: dict, usable: dict) -> list:
-    """The problems between splits: rows that are in two. Texts and ids that are in two are only counted."""
-    doubles, texts, ids = [], {}, {}
+    """The rows that are in two splits: (split, row, what it has). Texts and ids in two are only counted."""
+    texts, ids, first, doubles = Counter(), Counter(), {}, []
+    for split, data in splits.items():
+        texts.update({data.text[row] for row in usable[split]})
+        ids.update({data.id[row] for row in usable[split] if data.id[row] != str(row)})     # ids of their own
     for split, data in splits.items():
         for row in usable[split]:
-            texts.setdefault(data.text[row], []).append((split, row))
-            if data.id[row] != str(row):                # an id of its own
-                ids.setdefault(data.id[row], set()).add(split)
-    shared = [places for places in texts.values() if len({split for split, _ in places}) > 1]
-    for places in shared:
-        first = {}                                      # what a row is -> where it is first
-        for split, row in places:
-            features = [clean(splits[split].features(kind, row)) for kind in FEATURES]
-            content = splits[split].label[row], *(x.tobytes() for x in features)
-            before, twin = first.setdefault(content, (split, row))
-            if before != split and any(x.any() for x in features):      # without features there is only the text
-                doubles.append((split, row, "double", f"text, label and features of {before} row {twin}"))
-    problems = [double for double in doubles if splits[double[0]].text[double[1]] not in task.twins]
-    print(f"in more than one split: {len(shared):,} texts, {sum(len(found) > 1 for found in ids.values()):,} ids, "
-          f"{len(doubles):,} whole rows ({len(doubles) - len(problems)} of them known)")
-    return problems
+            text = data.text[row]
+            features = [clean(data.features(kind, row)) for kind in FEATURES if texts[text] > 1]
+            if any(x.any() for x in features):          # without features there is only the text
+                content = text, data.label[row], *(x.tobytes() for x in features)
+                before, twin = first.setdefault(content, (split, row))
+                if before != split:
+                    doubles.append((split, row, f"text, label and features of {before} row {twin}"))
+    new = [double for double in doubles if splits[double[0]].text[double[1]] not in task.twins]
+    texts, ids = sum(n > 1 for n in texts.values()), sum(n > 1 for n in ids.values())
+    print(f"in more than one split: {texts:,} texts, {ids:,} ids, {len(doubles):,} whole rows "
+          f"({len(doubles) - len(new)} of them known)")
+    return new
 
 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=TASKS, help="the data set")
-    parser.add_argument("--data-dir", help="folder with the published files somewhere below [data; the demo's: demo]")
-    parser.add_argument("--download", action="store_true", help="fetch the data set first, unless it is there")
+    parser.add_argument("--data-dir", help="folder with the published files in or below it [data; demo's: demo]")
+    parser.add_argument("--download", action="store_true", help="first fetch the data set, if it is not there")
     parser.add_argument("--llm", help="a backbone, whose tokenizer tells how many texts are too long")
     args = parser.parse_args(argv)
     task = TASKS[args.name]
