@@ -658,27 +658,27 @@ for core in ("numpy.core", "numpy._core"):  # numpy 1 and 2
 # Files: below a folder, else in the hub's cache, which is where downloads go
 
 LLM_FILES = ["*.json", "*.model", "*.tiktoken", "merges.txt", "*.safetensors"]
+HUB_ADVICE = {      # for each kind of error of its client
+    "ModuleNotFoundError": "pip install huggingface_hub",
+    "RepositoryNotFoundError": "check the name; if it is private, run: hf auth login",
+    "GatedRepoError": "accept the licence on its page at huggingface.co, make a token there, run: hf auth login",
+}
 
 
 def hub_folder(repo: str, kind: str, files: list, fetch: bool) -> Path | None:
-    """Where the hub's client keeps these files of a "model" or "dataset". `fetch`: downloaded, or DataError."""
+    """Where the hub's client keeps these files of a "model" or "dataset". `fetch`: get them first, or DataError."""
     inner = "*/*" if kind == "model" else None          # a model's folders hold other formats
     try:
-        from huggingface_hub import snapshot_download as get            # optional
-        return Path(get(repo, repo_type=kind, allow_patterns=files, ignore_patterns=inner,
-                        local_files_only=not fetch))
-    except Exception as error:      # the client's kinds of error change from version to version
+        from huggingface_hub import snapshot_download   # optional
+        return Path(snapshot_download(repo, repo_type=kind, allow_patterns=files, ignore_patterns=inner,
+                                      local_files_only=not fetch))
+    except Exception as error:      # whatever its client raises
         if not fetch:
             return None
-        advice = "check the network"
-        if isinstance(error, ImportError):
-            advice = "pip install huggingface_hub"
-        elif type(error).__name__ in ("GatedRepoError", "RepositoryNotFoundError"):
-            advice = ("check the name; if it is gated, as LLaMA2 is, accept the licence at "
-                      f"https://huggingface.co/{repo}, make a token there and run: hf auth login")
         reason = " ".join(str(error).split())[:200]
-        raise DataError(f"{repo} cannot be fetched ({reason}): {advice}; or by hand: "
-                        f"hf download {repo} --repo-type {kind}") from None
+        advice = HUB_ADVICE.get(type(error).__name__, "check the network and the name")
+        by_hand = f"hf download {repo} --repo-type {kind}"
+        raise DataError(f"{repo} cannot be fetched ({reason}): {advice}; or by hand: {by_hand}") from None
 
 
 def find_llm(name, fetch: bool = False) -> Path:
@@ -734,7 +734,7 @@ def fetch_data(task: Task, data_dir):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Rows
+# Rows and batches
 
 FEATURES = ("audio", "video")
 FIELDS = ("text", "audio", "video", "label", "audio_len", "video_len", "id")    # the first four are required
@@ -871,11 +871,6 @@ def load_split(task: Task, data_dir, split: str) -> Split:
     data.label = [number(task, label) for label in data.label]
     return data
 
-
-# ------------------------------------------------------------------------------------------------------------
-# Batches
-
-
 class Batch(NamedTuple):
     """What the method reads. Features end with the longest row; behind a row's length they are zero."""
     text: list                      # B strings
@@ -891,10 +886,10 @@ def collate(split: Split, rows) -> Batch:
     def padded(kind):
         features = [clean(split.features(kind, row)) for row in rows]
         lengths = [len(x) for x in features]
-        out = np.zeros((len(rows), max(1, *lengths), features[0].shape[1]), np.float32)
-        for row, x in zip(out, features):
-            row[:len(x)] = x
-        return torch.from_numpy(out), torch.tensor(lengths)
+        x = torch.zeros(len(rows), max(1, *lengths), features[0].shape[1])
+        for i, length in enumerate(lengths):
+            x[i, :length] = torch.from_numpy(features[i])
+        return x, torch.tensor(lengths)
 
     text, label = [split.text[row] for row in rows], [split.label[row] for row in rows]
     return Batch(text, *padded("audio"), *padded("video"), label)
@@ -917,20 +912,17 @@ def batches(split: Split, size: int, seed: int | None = None, epoch: int = 0):
 # ------------------------------------------------------------------------------------------------------------
 # The check: what a data set holds, in words, and its problems
 
-SHOWN = 10      # problems of one kind that are listed
 
-
-def check(task: Task, data_dir, tokenizer=None) -> int:
-    """Print what a data set holds, then its problems by row; returns their number. Raises DataError."""
-    splits, usable, widths, found, published = {}, {}, {}, defaultdict(list), False
+def check(task: Task, data_dir, tokenizer=None, shown: int = 10) -> int:
+    """Print what a data set holds, then its problems by row, some of each kind; returns their number."""
+    splits, widths, found, published = {}, {}, defaultdict(list), False
     for split in SPLITS:
         file = find_data(task, data_dir, split)
-        data = splits[split] = read_split(task, file, split)
-        print(f"{split}: {len(data)}{beside(len(data), task.rows.get(split))} rows in {file}")
+        data, bad, first = read_split(task, file, split), set(), {}
+        print(f"{split}: {beside(len(data), task.rows.get(split))} rows in {file}")
         if task.sha256 and split == SPLITS[0]:          # the published files have odd values and doubles
             published = hashlib.sha256(np.memmap(file, mode="r")).hexdigest() == task.sha256
             print(f"  sha256   {'as published' if published else 'not the published one: another version'}")
-        bad, first = set(), {}
         for row, name, has, unusable in problems(task, data, widths):
             if unusable:
                 bad.add(row)
@@ -939,51 +931,49 @@ def check(task: Task, data_dir, tokenizer=None) -> int:
         for row, name in enumerate(data.id):
             if first.setdefault(name, row) != row:
                 found[split, "id"].append((row, f"the id {name!r} of row {first[name]}"))
-        usable[split] = [row for row in range(len(data)) if row not in bad]
-        if usable[split]:
-            describe(task, data, usable[split], tokenizer)
-    for split, row, has in compare(task, splits, usable):
+        splits[split] = data, [row for row in range(len(data)) if row not in bad]
+        if len(bad) < len(data):
+            describe(task, *splits[split], tokenizer)
+    for split, row, has in compare(task, splits):
         if not published:
             found[split, "double"].append((row, has))
     for (split, name), listed in found.items():
-        for row, has in listed[:SHOWN]:
+        for row, has in listed[:shown]:
             print(f"problem: {split} row {row} has {has}")
-        if len(listed) > SHOWN:
-            print(f"problem: {len(listed) - SHOWN:,} more such rows of {split} ({name})")
+        if len(listed) > shown:
+            print(f"problem: {len(listed) - shown:,} more such rows of {split} ({name})")
     n = sum(map(len, found.values()))
     print(f"{task.name}: {n:,} problems{', rows counted from 0' if n else ''}")
     return n
 
 
 def beside(found, published) -> str:
-    if published is None:
-        return ""
-    return " (as published)" if found == published else f" (published: {published})"
+    note = "as published" if found == published else f"published: {published}"
+    return f"{found} ({note})" if published else f"{found}"
 
 
 def describe(task: Task, data: Split, rows: list, tokenizer):
     """Print what these rows hold: texts, features, labels."""
     texts, cut = [data.text[row] for row in rows], ""
+    sizes = [len(text) for text in texts]
     if tokenizer is not None:
         n = sum(len(tokenizer.encode(text)) > task.text_len for text in texts)
         cut = f"; {n} ({n / len(rows):.1%}) have more than {task.text_len} tokens and will be cut"
-    sizes = [len(text) for text in texts]
     print(f"  text     {min(sizes)} to {max(sizes)} characters, {sizes.count(0)} empty{cut}")
     for kind in FEATURES:
-        features = [data.features(kind, row) for row in rows]
-        lengths = [len(x) for x in features]
-        figures = []
-        for x in map(clean, features):
-            x = x.astype(float)
+        lengths, figures = [getattr(data, f"{kind}_len")[row] for row in rows], []
+        for row in rows:
+            x = clean(data.features(kind, row)).astype(float)
             low, high = x.min(initial=math.inf), x.max(initial=-math.inf)
             figures.append((low, high, x.size, x.sum(), (x * x).sum()))
         low, high, n, total, squares = np.array(figures).T
         shapes = sorted({getattr(data, kind)[row].shape for row in rows})
         shape = f"{shapes[0]}" if len(shapes) == 1 else f"{shapes[0]} to {shapes[-1]}"
-        published = f"({getattr(task, f'{kind}_len')}, {getattr(task, f'{kind}_dim')})"
-        types = ", ".join(sorted({str(x.dtype) for x in features}))
-        print(f"  {kind:8} {shape}{beside(shape, published)}, {types}; lengths {min(lengths)} to {max(lengths)};"
-              f" missing in {lengths.count(0)} rows, all zero in {np.sum((n > 0) & (squares == 0))}")
+        published = str((getattr(task, f"{kind}_len"), getattr(task, f"{kind}_dim")))
+        dtypes = ", ".join(sorted({str(getattr(data, kind)[row].dtype) for row in rows}))
+        zero = np.sum((n > 0) & (squares == 0))
+        print(f"  {kind:8} {beside(shape, published)}, {dtypes}; lengths {min(lengths)} to {max(lengths)}; "
+              f"missing in {lengths.count(0)} rows, all zero in {zero}")
         if n.any():
             mean = total.sum() / n.sum()
             std = math.sqrt(max(0, squares.sum() / n.sum() - mean ** 2))
@@ -1000,26 +990,25 @@ def describe(task: Task, data: Split, rows: list, tokenizer):
         print(f"  {name:8} {labels.count(i):6,} {share:6.1%} {'#' * round(60 * share)}".rstrip())
 
 
-def compare(task: Task, splits: dict, usable: dict) -> list:
+def compare(task: Task, splits: dict) -> list:
     """The rows that are in two splits: (split, row, what it has). Texts and ids in two are only counted."""
-    texts, ids, first, doubles = Counter(), Counter(), {}, []
-    for split, data in splits.items():
-        texts.update({data.text[row] for row in usable[split]})
-        ids.update({data.id[row] for row in usable[split] if data.id[row] != str(row)})     # ids of their own
-    for split, data in splits.items():
-        for row in usable[split]:
-            text = data.text[row]
-            features = [clean(data.features(kind, row)) for kind in FEATURES if texts[text] > 1]
-            if any(x.any() for x in features):          # without features there is only the text
-                content = text, data.label[row], *(x.tobytes() for x in features)
-                before, twin = first.setdefault(content, (split, row))
-                if before != split:
-                    doubles.append((split, row, f"text, label and features of {before} row {twin}"))
-    new = [double for double in doubles if splits[double[0]].text[double[1]] not in task.twins]
+    texts, ids, first, doubles, known = Counter(), Counter(), {}, [], 0
+    for split, (data, rows) in splits.items():
+        texts.update({data.text[row] for row in rows})
+        ids.update({data.id[row] for row in rows if data.id[row] != str(row)})      # ids of their own
+        for row in rows:
+            text, features = data.text[row], [clean(data.features(kind, row)) for kind in FEATURES]
+            content = hash((text, data.label[row], *(x.tobytes() for x in features)))
+            before, twin = first.setdefault(content, (split, row))
+            if before == split or not any(x.any() for x in features):       # without features: only a text
+                continue
+            known += text in task.twins
+            if text not in task.twins:
+                doubles.append((split, row, f"text, label and features of {before} row {twin}"))
     texts, ids = sum(n > 1 for n in texts.values()), sum(n > 1 for n in ids.values())
-    print(f"in more than one split: {texts:,} texts, {ids:,} ids, {len(doubles):,} whole rows "
-          f"({len(doubles) - len(new)} of them known)")
-    return new
+    print(f"in more than one split: {texts:,} texts, {ids:,} ids, {len(doubles) + known:,} whole rows "
+          f"({known} of them known)")
+    return doubles
 
 
 def main(argv=None) -> int:
