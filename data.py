@@ -720,7 +720,9 @@ def find_data(task: Task, data_dir, split: str, fetch: bool = False) -> Path:
         folder = hub_folder(task.hub, "dataset", [f"*{Path(name).name}"], fetch)
         found = candidates(task, folder, split) if folder else []
     if not found:
-        raise DataError(f"{data_dir}: {name} was not found in or below this folder; {advice}")
+        there = ", ".join(str(path.relative_to(data_dir)) for path in sorted(Path(data_dir).rglob("*.pkl")))
+        raise DataError(f"{data_dir}: {name} was not found in or below this folder, where there is "
+                        f"{there[:300] or 'no .pkl file'}; {advice}")
     if len(found) > 1:
         listed = ", ".join(map(str, found))
         raise DataError(f"{data_dir}: {len(found)} files could be {name}: {listed}; point --data-dir at one")
@@ -738,6 +740,7 @@ def fetch_data(task: Task, data_dir):
 
 FEATURES = ("audio", "video")
 FIELDS = ("text", "audio", "video", "label", "audio_len", "video_len", "id")    # the first four are required
+WRONG_TEXT = re.compile(r"[\x80-\x9f\ufffd]|â[€„]|[ÂÃ][\xa0-\xbf]|ðŸ|([ã-é][\xa0-\xbf]{2}){2}|^([nN]a[nN])$")
 TABLE_KEYS = ("raw_text", "audio", "vision", "regression_labels", "audio_lengths", "vision_lengths", "id")
 
 
@@ -752,6 +755,7 @@ class Split:
     label: list                     # class numbers or intensities
     id: list
     unused: list = field(default_factory=list)      # what else the file holds
+    told: Counter = field(default_factory=Counter)  # how many rows have which oddity of their lengths
 
     def __len__(self) -> int:
         return len(self.text)
@@ -781,9 +785,10 @@ def read_split(task: Task, file: Path, split: str) -> Split:
         keys = dict(zip(FIELDS, FIELDS))
         rows = [flat(row) for row in raw]
         raw = {key: [row.get(key) for row in rows] for key in set(FIELDS).union(*rows) - {"features"}}
-    raw = raw if isinstance(raw, dict) else {}
-    lists = (list, tuple, np.ndarray)
-    table = {name: raw[key] for name, key in keys.items() if isinstance(raw.get(key), lists)}
+    raw, table, told = raw if isinstance(raw, dict) else {}, {}, Counter()
+    for name, key in keys.items():
+        if isinstance(raw.get(key), (list, tuple, np.ndarray)) and getattr(raw[key], "ndim", 1) > 0:
+            table[name] = list(raw[key])
     counts = {keys[name]: len(table.get(name, ())) for name in (*FIELDS[:4], *table)}
     n = counts[keys["text"]]
     if n == 0 or set(counts.values()) != {n}:
@@ -792,12 +797,18 @@ def read_split(task: Task, file: Path, split: str) -> Split:
     for name in set(FIELDS) - set(FEATURES):
         table[name] = [scalar(x) for x in table.get(name, [None] * n)]
     for kind in FEATURES:
-        table[kind], lengths = list(table[kind]), table[f"{kind}_len"]
+        lengths = table[f"{kind}_len"]
         for row, x in enumerate(table[kind]):
-            if lengths[row] is None and isinstance(x, np.ndarray) and x.ndim:
+            if not is_features(x):
+                continue
+            if lengths[row] is None:
                 lengths[row] = len(x)
+                told[f"no {kind} length, but zeros at the end, which are read"] += not x[-1:].any()
+            elif isinstance(lengths[row], int) and lengths[row] > len(x):
+                lengths[row] = len(x)
+                told[f"a {kind} length above its frames, all of which are read"] += 1
     table["id"] = [str(row if name is None else name) for row, name in enumerate(table["id"])]
-    return Split(**table, unused=sorted(map(str, raw.keys() - keys.values())))
+    return Split(**table, unused=sorted(map(str, raw.keys() - keys.values())), told=+told)
 
 
 def flat(row) -> dict:
@@ -823,26 +834,36 @@ def number(task: Task, label) -> int | float | None:
     return float(label) if fits else None
 
 
+def is_features(x) -> bool:
+    return isinstance(x, np.ndarray) and x.ndim == 2 and x.dtype.kind in "fiub" and x.shape[1] > 0
+
+
 def problems(task: Task, data: Split, widths: dict):
-    """Yield (row, field, what it has, is that unusable?). widths: of the features seen so far."""
+    """Yield (row, field, what it has, is that unusable?). widths: of features, the commonest unless given."""
     wanted = ", ".join(task.labels) or f"a number from {task.range[0]} to {task.range[1]}"
+    for kind in FEATURES:
+        seen = Counter(x.shape[1] for x in getattr(data, kind) if is_features(x))
+        widths.setdefault(kind, max(seen, key=seen.get, default=0))
     for row, (text, label) in enumerate(zip(data.text, data.label)):
         if not isinstance(text, str):
             yield row, "text", f"a text that is {text!r:.60}; expected a string, '' for none", True
+        elif WRONG_TEXT.search(text):
+            yield row, "text", "a text that was decoded wrongly, or is nan", False
         if number(task, label) is None:
             yield row, "label", f"the label {label!r:.60}; expected {wanted}", True
         for kind in FEATURES:
             x, length = getattr(data, kind)[row], getattr(data, f"{kind}_len")[row]
-            if not isinstance(x, np.ndarray):
-                yield row, kind, f"{kind} that is {x!r:.60}; expected an array of frames x features", True
-            elif x.ndim != 2 or x.dtype.kind not in "fiub" or x.shape[1] == 0:
-                yield row, kind, f"{kind} that is {x.dtype} {x.shape}; expected frames x features", True
-            elif x.shape[1] != widths.setdefault(kind, x.shape[1]):
-                yield row, kind, f"{x.shape[1]} {kind} features; expected {widths[kind]} as in the rows before", True
-            elif not isinstance(length, int) or not 0 <= length <= len(x):
+            if not is_features(x):
+                found = f"{x.dtype} {x.shape}" if isinstance(x, np.ndarray) else f"{x!r:.60}"
+                yield row, kind, f"{kind} that is {found}; expected numbers (frames, features)", True
+            elif x.shape[1] != widths[kind]:
+                yield row, kind, f"{x.shape[1]} {kind} features; expected {widths[kind]} as in most rows", True
+            elif not isinstance(length, int) or length < 0:
                 yield row, kind, f"the {kind} length {length!r:.60}; expected 0 to its {len(x)} frames", True
             elif not (np.abs(x[:length]) <= np.finfo(np.float32).max).all():
                 yield row, kind, f"NaN or infinities in {kind}, read as 0", False
+            elif length > 0 and x[length:].any() and not x[0].any():
+                yield row, kind, f"zeros in front of the {kind} and features behind its length, not read", False
 
 
 def clean(x: np.ndarray) -> np.ndarray:
@@ -858,7 +879,7 @@ def load_split(task: Task, data_dir, split: str) -> Split:
     is missing. Raises DataError for a row that cannot be used: file, row, what it has, what was expected."""
     file = find_data(task, data_dir, split)
     data = read_split(task, file, split)
-    told = Counter({"no text": data.text.count("")})
+    told = data.told + Counter({"no text": data.text.count("")})
     for kind in FEATURES:
         told[f"no {kind}"] = getattr(data, f"{kind}_len").count(0)
     for row, _, has, unusable in problems(task, data, {}):
@@ -974,10 +995,14 @@ def describe(task: Task, data: Split, rows: list, tokenizer):
         zero = np.sum((n > 0) & (squares == 0))
         print(f"  {kind:8} {beside(shape, published)}, {dtypes}; lengths {min(lengths)} to {max(lengths)}; "
               f"missing in {lengths.count(0)} rows, all zero in {zero}")
+        if zero == np.sum(n > 0) > 0:
+            print(f"  remark   {kind} is zero in every row that has it")
         if n.any():
             mean = total.sum() / n.sum()
             std = math.sqrt(max(0, squares.sum() / n.sum() - mean ** 2))
             print(f"           {low.min():.3g} to {high.max():.3g}, mean {mean:.3g}, std {std:.3g}")
+    for has, n in data.told.items():
+        print(f"  remark   {n} rows have {has}")
     print(f"  unused   {', '.join(data.unused) or 'nothing else is in the file'}")
     labels, names = [number(task, data.label[row]) for row in rows], task.labels
     if not names:                       # a bar for each step in the range of an intensity

@@ -188,6 +188,8 @@ LAYOUTS = {         # what a file may hold instead of a split, and what is said 
                          labels=["joy"] * 2, audio_lengths=[1]), "'audio_lengths': 1}"),
     "an empty table": (dict(raw_text=[], audio=[], vision=[], labels=[]), "and at least one"),
     "no audio": (dict(raw_text=["a"], vision=np.zeros((1, 1, 1)), labels=["joy"]), "'audio': 0"),
+    "a 0-d array": (dict(raw_text=["a"], audio=np.zeros(()), vision=np.zeros((1, 1, 1)), labels=["joy"]), "'audio': 0"),
+    "0-d arrays": (dict.fromkeys(("raw_text", "audio", "vision", "labels"), np.zeros(())), "'raw_text': 0"),
     "a number for audio": (dict(raw_text=["a"], audio=3, vision=np.zeros((1, 1, 1)), labels=["joy"]), "'audio': 0"),
 }
 
@@ -225,16 +227,15 @@ FAULTS = {          # what a row holds instead, and what is said of it
     "no label": (dict(label=None), "the label None; expected neutral"),
     "class number": (dict(label=3), "the label 3; expected neutral"),
     "labels": (dict(label=np.zeros(2)), r"the label array\(\[0., 0.\]\); expected neutral"),
-    "length": (dict(audio_len=999), "the audio length 999; expected 0 to its 6 frames"),
     "negative length": (dict(video_len=-1), "the video length -1; expected 0 to its 6 frames"),
     "half a frame": (dict(video_len=2.5), "the video length 2.5; expected 0 to"),
     "text": (dict(text=None), "a text that is None; expected a string, '' for none"),
-    "width": (dict(audio=np.zeros((6, 4), "f4")), "4 audio features; expected 5 as in the rows before"),
-    "no width": (dict(audio=np.zeros((6, 0), "f4")), r"audio that is float32 \(6, 0\); expected frames x features"),
-    "one axis": (dict(video=np.zeros(3, "f4")), r"video that is float32 \(3,\); expected frames x features"),
-    "words": (dict(video=np.array([["a"]])), r"video that is <U1 \(1, 1\); expected frames x features"),
-    "lists": (dict(video=[[1.0]]), r"video that is \[\[1.0\]\]; expected an array"),
-    "no video": (dict(video=None), "video that is None; expected an array of frames x features"),
+    "width": (dict(audio=np.zeros((6, 4), "f4")), "4 audio features; expected 5 as in most rows"),
+    "no width": (dict(audio=np.zeros((6, 0), "f4")), r"audio that is float32 \(6, 0\); expected numbers"),
+    "one axis": (dict(video=np.zeros(3, "f4")), r"video that is float32 \(3,\); expected numbers"),
+    "words": (dict(video=np.array([["a"]])), r"video that is <U1 \(1, 1\); expected numbers"),
+    "lists": (dict(video=[[1.0]]), r"video that is \[\[1.0\]\]; expected numbers"),
+    "no video": (dict(video=None), "video that is None; expected numbers"),
 }
 
 
@@ -283,6 +284,74 @@ def test_odd_values_become_zero_and_are_told_once(tmp_path, capsys):
     assert batch.video_len.tolist() == [6, 6, 6, 6, 0, 6, 6] and not batch.video[4].any()
     load_split(task, tmp_path, "valid")
     assert capsys.readouterr().err == ""
+
+
+def in_front(features):
+    features |= {"audio": np.concatenate([np.zeros((4, 5), "f4"), np.ones((2, 5), "f4")]), "audio_len": 2}
+
+
+def partly_in_front(features):
+    features |= {"video": np.concatenate([np.zeros((2, 3), "f4"), np.ones((4, 3), "f4")]), "video_len": 4}
+
+
+BEHIND = "zeros in front of the {} and features behind its length, not read"
+WRONG_TEXT = "a text that was decoded wrongly, or is nan"
+LIKELY_MISTAKES = {     # what is done to a row's features, and what the check says of it
+    "padded in front": (in_front, BEHIND.format("audio")), "partly": (partly_in_front, BEHIND.format("video")),
+    **{text: (lambda features, text=text: features.update(text=text), WRONG_TEXT) for text in (
+        "It\x92s", "Itâ€™s", "â€œNo", "cafÃ©", "Â£5", "ä½\xa0å¥½", "ðŸ™‚", "bad \ufffd", "nan", "NaN")},
+}
+FINE = ["", "café", "AMANHÃ", "Spaß“", "MENÜ”", "«É»", "nan bread", "Nan!", "你好，世界", "It’s", "naïve", "£5 – 10°"]
+
+
+@pytest.mark.parametrize("case", LIKELY_MISTAKES)
+def test_a_likely_mistake_is_a_problem_but_no_refusal(tmp_path, capsys, case):
+    task, (plant, says) = TASKS["meld"], LIKELY_MISTAKES[case]
+    splits = make_splits(task, audio_dim=5, video_dim=3)
+    plant(splits["train"][2]["features"])
+    code, out, _ = check(capsys, "meld", "--data-dir", write(tmp_path, task, splits))
+    assert code == 1 and f"problem: train row 2 has {says}\nmeld: 1 problems" in out
+    assert len(load_split(task, tmp_path, "train")) == 7
+    assert capsys.readouterr().err == f"meld train: 1 rows have {says}\n"
+
+
+def test_fine_texts_are_no_problem():
+    assert not [text for text in FINE if data.WRONG_TEXT.search(text)]
+
+
+def without_lengths(table):
+    del table["audio_lengths"]
+    table["audio"][:, 0] = 1
+    table["audio"][:3, 4:], table["audio"][3:, 4:] = 0, 1
+
+
+REMARKS = {         # what is done to a table, and what is said of it; the check still ends in 0
+    "no lengths": (without_lengths, 3, "no audio length, but zeros at the end, which are read"),
+    "long lengths": (lambda table: table.update(vision_lengths=[7, 9, 6, 6, 6, 6, 6]), 2,
+                     "a video length above its frames, all of which are read"),
+    "zeros": (lambda table: table.update(vision=np.zeros((7, 6, 3), "f4")), 0, "video is zero in every row"),
+}
+
+
+@pytest.mark.parametrize("case", REMARKS)
+def test_remarks(tmp_path, capsys, case):
+    task, (plant, n, says) = TASKS["simsv2"], REMARKS[case]
+    splits = make_splits(task, "table", audio_dim=5, video_dim=3)
+    plant(splits["train"])
+    code, out, _ = check(capsys, "simsv2", "--data-dir", write(tmp_path, task, splits))
+    assert code == 0 and out.count("  remark ") == 1 and f"  remark   {f'{n} rows have ' if n else ''}{says}" in out
+    ours = load_split(task, tmp_path, "train")
+    assert capsys.readouterr().err == (f"simsv2 train: {n} rows have {says}\n" if n else "")
+    assert ours.video_len == [6] * 7 if case == "long lengths" else len(ours) == 7
+
+
+def test_the_commonest_width_is_the_norm(tmp_path, capsys):
+    """A missing clip, stored as zeros of another width, may come first."""
+    task = TASKS["meld"]
+    splits = make_splits(task, audio_dim=5, video_dim=3)
+    splits["train"][0]["features"] |= {"audio": np.zeros((1, 1), "f4"), "audio_len": 1}
+    code, out, _ = check(capsys, "meld", "--data-dir", write(tmp_path, task, splits))
+    assert code == 1 and "problem: train row 0 has 1 audio features; expected 5 as in most rows\nmeld: 1 prob" in out
 
 
 def test_clean_leaves_the_file_alone():
@@ -354,7 +423,7 @@ def test_planted_faults_are_each_listed_by_row(tmp_path, capsys, name, layout):
             row["id"] = f"{split}{i}"
     train[0]["features"]["audio"][0, 0] = np.nan
     train[1]["label"] = "joyful"
-    train[2]["features"]["video_len"] = 999
+    train[2]["features"]["video_len"] = -1
     train[4]["id"] = "train3"
     train[5]["features"] = test[1]["features"] | {"audio": test[1]["features"]["audio"].copy()}
     train[5]["label"] = test[1]["label"]
@@ -368,7 +437,7 @@ def test_planted_faults_are_each_listed_by_row(tmp_path, capsys, name, layout):
     for line, start in zip(problems, (
             "problem: train row 0 has NaN or infinities in audio, read as 0",
             f"problem: train row 1 has the label {label}; expected ",
-            "problem: train row 2 has the video length 999; expected 0 to its 6 frames",
+            "problem: train row 2 has the video length -1; expected 0 to its 6 frames",
             "problem: train row 4 has the id 'train3' of row 3",
             "problem: test row 1 has text, label and features of train row 5"), strict=True):
         assert line.startswith(start), (line, start)
@@ -412,7 +481,7 @@ def test_splits_of_different_widths_are_a_problem(tmp_path, capsys):
     task = TASKS["meld"]
     splits = make_splits(task, audio_dim=5, video_dim=3) | {"test": make_rows(task, 2, 9, audio_dim=4, video_dim=3)}
     code, out, _ = check(capsys, "meld", "--data-dir", write(tmp_path, task, splits))
-    assert code == 1 and "problem: test row 1 has 4 audio features; expected 5 as in the rows before" in out
+    assert code == 1 and "problem: test row 1 has 4 audio features; expected 5 as in most rows" in out
 
 
 def test_what_the_published_files_have_is_no_problem(tmp_path, capsys, monkeypatch):
@@ -490,6 +559,9 @@ def test_files_are_found_anywhere_below(tmp_path, monkeypatch):
     meld, mosi, mosei = (TASKS[name] for name in ("meld", "mosi", "mosei"))
     with pytest.raises(DataError, match="meld_train.pkl was not found .* hf download AZYoung/MELD_processed"):
         find_data(meld, tmp_path / "none", "train")
+    touch(tmp_path / "own" / "train.pkl", tmp_path / "own" / "notes.txt")
+    with pytest.raises(DataError, match="MELD/meld_train.pkl was not found in .*, where there is own/train.pkl; "):
+        find_data(meld, tmp_path, "train")
     touch(tmp_path / "a" / "b" / "meld_train.pkl")
     assert find_data(meld, tmp_path, "train") == tmp_path / "a" / "b" / "meld_train.pkl"
     touch(tmp_path / "MELD" / "meld_train.pkl")                                 # where it is published: this one
