@@ -677,8 +677,8 @@ def hub_folder(repo: str, kind: str, files: list, fetch: bool) -> Path | None:
             return None
         reason = " ".join(str(error).split())[:200]
         advice = HUB_ADVICE.get(type(error).__name__, "check the network and the name")
-        by_hand = f"hf download {repo} --repo-type {kind}"
-        raise DataError(f"{repo} cannot be fetched ({reason}): {advice}; or by hand: {by_hand}") from None
+        raise DataError(f"{repo} cannot be fetched ({reason}): {advice}; or by hand: "
+                        f"hf download {repo} --repo-type {kind}") from None
 
 
 def find_llm(name, fetch: bool = False) -> Path:
@@ -822,7 +822,7 @@ def scalar(x):
     if isinstance(x, (np.ndarray, np.generic)) and x.size == 1:
         x = x.item()
     if isinstance(x, float) and x.is_integer():
-        return int(x)
+        x = int(x)
     return str(x, "utf-8", "replace") if isinstance(x, (bytes, memoryview)) else x
 
 
@@ -840,11 +840,13 @@ def is_features(x) -> bool:
 
 def problems(task: Task, data: Split, widths: dict):
     """Yield (row, field, what it has, is that unusable?). widths: of features, the commonest unless given."""
-    wanted = ", ".join(task.labels) or f"a number from {task.range[0]} to {task.range[1]}"
+    wanted, ids = ", ".join(task.labels) or f"a number from {task.range[0]} to {task.range[1]}", {}
     for kind in FEATURES:
         seen = Counter(x.shape[1] for x in getattr(data, kind) if is_features(x))
         widths.setdefault(kind, max(seen, key=seen.get, default=0))
-    for row, (text, label) in enumerate(zip(data.text, data.label)):
+    for row, (text, label, name) in enumerate(zip(data.text, data.label, data.id)):
+        if ids.setdefault(name, row) != row:
+            yield row, "id", "an id that another row has before it", False
         if not isinstance(text, str):
             yield row, "text", f"a text that is {text!r:.60}; expected a string, '' for none", True
         elif WRONG_TEXT.search(text):
@@ -875,8 +877,7 @@ def clean(x: np.ndarray) -> np.ndarray:
 
 
 def load_split(task: Task, data_dir, split: str) -> Split:
-    """Read "train", "valid" or "test"; tells on stderr what is odd: an empty text is kept, a modality of length 0
-    is missing. Raises DataError for a row that cannot be used: file, row, what it has, what was expected."""
+    """Read "train", "valid" or "test"; tells on stderr what is odd. Raises DataError for what cannot be used."""
     file = find_data(task, data_dir, split)
     data = read_split(task, file, split)
     told = data.told + Counter({"no text": data.text.count("")})
@@ -939,7 +940,7 @@ def check(task: Task, data_dir, tokenizer=None, shown: int = 10) -> int:
     splits, widths, found, published = {}, {}, defaultdict(list), False
     for split in SPLITS:
         file = find_data(task, data_dir, split)
-        data, bad, first = read_split(task, file, split), set(), {}
+        data, bad = read_split(task, file, split), set()
         print(f"{split}: {beside(len(data), task.rows.get(split))} rows in {file}")
         if task.sha256 and split == SPLITS[0]:          # the published files have odd values and doubles
             published = hashlib.sha256(np.memmap(file, mode="r")).hexdigest() == task.sha256
@@ -949,12 +950,10 @@ def check(task: Task, data_dir, tokenizer=None, shown: int = 10) -> int:
                 bad.add(row)
             if unusable or not published:
                 found[split, name].append((row, has))
-        for row, name in enumerate(data.id):
-            if first.setdefault(name, row) != row:
-                found[split, "id"].append((row, f"the id {name!r} of row {first[name]}"))
-        splits[split] = data, [row for row in range(len(data)) if row not in bad]
-        if len(bad) < len(data):
-            describe(task, *splits[split], tokenizer)
+        rows = [row for row in range(len(data)) if row not in bad]
+        splits[split] = data, rows
+        if rows:
+            describe(task, data, rows, tokenizer)
     for split, row, has in compare(task, splits):
         if not published:
             found[split, "double"].append((row, has))

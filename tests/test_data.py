@@ -438,7 +438,7 @@ def test_planted_faults_are_each_listed_by_row(tmp_path, capsys, name, layout):
             "problem: train row 0 has NaN or infinities in audio, read as 0",
             f"problem: train row 1 has the label {label}; expected ",
             "problem: train row 2 has the video length -1; expected 0 to its 6 frames",
-            "problem: train row 4 has the id 'train3' of row 3",
+            "problem: train row 4 has an id that another row has before it",
             "problem: test row 1 has text, label and features of train row 5"), strict=True):
         assert line.startswith(start), (line, start)
     assert code == 1 and err == "" and f"{name}: 5 problems, rows counted from 0" in out
