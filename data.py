@@ -864,7 +864,7 @@ def problems(task: Task, data: Split, widths: dict):
                 yield row, kind, f"the {kind} length {length!r:.60}; expected 0 to its {len(x)} frames", True
             elif not (np.abs(x[:length]) <= np.finfo(np.float32).max).all():
                 yield row, kind, f"NaN or infinities in {kind}, read as 0", False
-            elif length > 0 and x[length:].any() and not x[0].any():
+            elif length > 0 and not x[0].any() and x[length:].any():
                 yield row, kind, f"zeros in front of the {kind} and features behind its length, not read", False
 
 
