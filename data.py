@@ -661,12 +661,12 @@ LLM_FILES = ["*.json", "*.model", "*.tiktoken", "merges.txt", "*.safetensors"]
 HUB_ADVICE = {      # for each kind of error of its client
     "ModuleNotFoundError": "pip install huggingface_hub",
     "RepositoryNotFoundError": "check the name; if it is private, run: hf auth login",
-    "GatedRepoError": "accept the licence on its page at huggingface.co, make a token there, run: hf auth login",
+    "GatedRepoError": "accept the licence on its page at the hub, make a token there, run: hf auth login",
 }
 
 
 def hub_folder(repo: str, kind: str, files: list, fetch: bool) -> Path | None:
-    """Where the hub's client keeps these files of a "model" or "dataset". `fetch`: get them first, or DataError."""
+    """Where the hub's client keeps these files of a "model" or "dataset". `fetch`: got first, or DataError."""
     inner = "*/*" if kind == "model" else None          # a model's folders hold other formats
     try:
         from huggingface_hub import snapshot_download   # optional
@@ -859,13 +859,13 @@ def problems(task: Task, data: Split, widths: dict):
                 found = f"{x.dtype} {x.shape}" if isinstance(x, np.ndarray) else f"{x!r:.60}"
                 yield row, kind, f"{kind} that is {found}; expected numbers (frames, features)", True
             elif x.shape[1] != widths[kind]:
-                yield row, kind, f"{x.shape[1]} {kind} features; expected {widths[kind]} as in most rows", True
+                yield row, kind, f"{x.shape[1]} {kind} features; expected {widths[kind]}, as most rows", True
             elif not isinstance(length, int) or length < 0:
                 yield row, kind, f"the {kind} length {length!r:.60}; expected 0 to its {len(x)} frames", True
             elif not (np.abs(x[:length]) <= np.finfo(np.float32).max).all():
                 yield row, kind, f"NaN or infinities in {kind}, read as 0", False
             elif length > 0 and not x[0].any() and x[length:].any():
-                yield row, kind, f"zeros in front of the {kind} and features behind its length, not read", False
+                yield row, kind, f"zeros in front of {kind} and features behind its length, not read", False
 
 
 def clean(x: np.ndarray) -> np.ndarray:
@@ -877,7 +877,7 @@ def clean(x: np.ndarray) -> np.ndarray:
 
 
 def load_split(task: Task, data_dir, split: str) -> Split:
-    """Read "train", "valid" or "test"; tells on stderr what is odd. Raises DataError for what cannot be used."""
+    """Read "train", "valid" or "test"; tells on stderr what is odd. Raises DataError for what is unusable."""
     file = find_data(task, data_dir, split)
     data = read_split(task, file, split)
     told = data.told + Counter({"no text": data.text.count("")})
@@ -1039,8 +1039,8 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=TASKS, help="the data set")
-    parser.add_argument("--data-dir", help="folder with the published files in or below it [data; demo's: demo]")
-    parser.add_argument("--download", action="store_true", help="first fetch the data set, if it is not there")
+    parser.add_argument("--data-dir", help="folder with the published files somewhere below [data or demo]")
+    parser.add_argument("--download", action="store_true", help="first fetch what is not there")
     parser.add_argument("--llm", help="a backbone, whose tokenizer tells how many texts are too long")
     args = parser.parse_args(argv)
     task = TASKS[args.name]

@@ -230,7 +230,7 @@ FAULTS = {          # what a row holds instead, and what is said of it
     "negative length": (dict(video_len=-1), "the video length -1; expected 0 to its 6 frames"),
     "half a frame": (dict(video_len=2.5), "the video length 2.5; expected 0 to"),
     "text": (dict(text=None), "a text that is None; expected a string, '' for none"),
-    "width": (dict(audio=np.zeros((6, 4), "f4")), "4 audio features; expected 5 as in most rows"),
+    "width": (dict(audio=np.zeros((6, 4), "f4")), "4 audio features; expected 5, as most rows"),
     "no width": (dict(audio=np.zeros((6, 0), "f4")), r"audio that is float32 \(6, 0\); expected numbers"),
     "one axis": (dict(video=np.zeros(3, "f4")), r"video that is float32 \(3,\); expected numbers"),
     "words": (dict(video=np.array([["a"]])), r"video that is <U1 \(1, 1\); expected numbers"),
@@ -294,7 +294,7 @@ def partly_in_front(features):
     features |= {"video": np.concatenate([np.zeros((2, 3), "f4"), np.ones((4, 3), "f4")]), "video_len": 4}
 
 
-BEHIND = "zeros in front of the {} and features behind its length, not read"
+BEHIND = "zeros in front of {} and features behind its length, not read"
 WRONG_TEXT = "a text that was decoded wrongly, or is nan"
 LIKELY_MISTAKES = {     # what is done to a row's features, and what the check says of it
     "padded in front": (in_front, BEHIND.format("audio")), "partly": (partly_in_front, BEHIND.format("video")),
@@ -355,7 +355,7 @@ def test_the_commonest_width_of_train_is_the_norm(tmp_path, capsys, split, row):
         splits[split] = splits[split][1:2]                  # nothing but the other width
         row = 0
     code, out, _ = check(capsys, "meld", "--data-dir", write(tmp_path, task, splits))
-    assert code == 1 and f"problem: {split} row {row} has 1 audio features; expected 5 as in most rows\n" in out
+    assert code == 1 and f"problem: {split} row {row} has 1 audio features; expected 5, as most rows\n" in out
     assert "meld: 1 problems" in out
 
 
