@@ -666,7 +666,7 @@ HUB_ADVICE = {      # for each kind of error of its client
 
 
 def hub_folder(repo: str, kind: str, files: list, fetch: bool) -> Path | None:
-    """Where the hub's client keeps these files of a "model" or "dataset". `fetch`: got first, or DataError."""
+    """Where the hub's client keeps files of a "model" or "dataset". `fetch`: gets them first, or DataError."""
     inner = "*/*" if kind == "model" else None          # a model's folders hold other formats
     try:
         from huggingface_hub import snapshot_download   # optional
