@@ -25,7 +25,7 @@ import stat
 import struct
 import sys
 import unicodedata
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import accumulate, chain, pairwise
@@ -731,123 +731,93 @@ for core in ("numpy.core", "numpy._core"):  # numpy 1 and 2
               (f"{core}.numeric", "_frombuffer"): PickleMachine.frombuffer}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Files: below a folder, else in the hub's cache, which is where downloads go
 
-
-def hub_cache(repo: str, kind: str) -> Path:
-    """The folder in which the hub's client keeps a "model" or "dataset"; there may be none."""
-    env = os.environ.get
-    home = env("HF_HOME") or Path(env("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
-    cache = Path(env("HF_HUB_CACHE") or Path(home) / "hub").expanduser() / f"{kind}s--{repo.replace('/', '--')}"
-    commit = cache / "refs" / "main"
-    return cache / "snapshots" / (commit.read_text().strip() if commit.is_file() else "none")
+LLM_FILES = ["*.json", "*.model", "*.tiktoken", "merges.txt", "*.safetensors"]
+HUB_ADVICE = {      # for each kind of error of its client
+    "ModuleNotFoundError": "pip install huggingface_hub",
+    "RepositoryNotFoundError": "check the name; if it is private, run: hf auth login",
+    "GatedRepoError": "accept the licence on its page at the hub, make a token there, run: hf auth login",
+}
 
 
-def candidates(task: Task, root: Path, split: str) -> list[Path]:
-    """All files below `root` that may be the published one of a split."""
-    name = task.files[split]
-    if (root / name).is_file():
-        return [root / name]
-    # MOSI's and MOSEI's files have one last name: the nearest folder that is named like one of the two decides.
-    alike = [other.files[split] for other in TASKS.values() if Path(other.files[split]).name == Path(name).name]
-    homes = sorted(Path(other).parts[0] for other in alike)
-
-    def ours(path: Path) -> bool:
-        named = [home for part in path.absolute().parts for home in homes if home in part]
-        return path.is_file() and named[-1:] in ([], [Path(name).parts[0]])
-
-    found = sorted(filter(ours, root.rglob(Path(name).name)))
-    return [path for path in found if path.absolute().as_posix().endswith(name)] or found
-
-
-def find_data(task: Task, data_dir, split: str) -> Path:
-    """The published file of a split, anywhere below `data_dir`. Raises DataError that says how to get it."""
-    name = task.files[split]
-    for root in (Path(data_dir), *([hub_cache(task.hub, "dataset")] if task.hub else [])):
-        found = candidates(task, root, split)
-        if len(found) > 1:
-            raise DataError(f"{root}: {len(found)} files could be {name}: {', '.join(map(str, found))}; "
-                            "point --data-dir at the folder of one")
-        if found:
-            return found[0]
-    get = (f"get it with --download, or: hf download {task.hub} --repo-type dataset --local-dir {data_dir}"
-           if task.hub else "put it there; github.com/thuiar/MMSA tells where it is published")
-    raise DataError(f"{data_dir}: {name} was not found in or below this folder; {get}")
+def hub_folder(repo: str, kind: str, files: list, fetch: bool) -> Path | None:
+    """Where the hub's client keeps files of a "model" or "dataset". `fetch`: gets them first, or DataError."""
+    inner = "*/*" if kind == "model" else None          # a model's folders hold other formats
+    try:
+        from huggingface_hub import snapshot_download   # optional
+        return Path(snapshot_download(repo, repo_type=kind, allow_patterns=files, ignore_patterns=inner,
+                                      local_files_only=not fetch))
+    except Exception as error:      # whatever its client raises
+        if not fetch:
+            return None
+        reason = " ".join(str(error).split())[:200]
+        advice = HUB_ADVICE.get(type(error).__name__, "check the network and the name")
+        raise DataError(f"{repo} cannot be fetched ({reason}): {advice}; or by hand: "
+                        f"hf download {repo} --repo-type {kind}") from None
 
 
-def find_llm(name) -> Path:
+def find_llm(name, fetch: bool = False) -> Path:
     """The checkpoint's folder, given that or a hub name. Raises DataError that says how to get it."""
-    for path in (Path(name), hub_cache(str(name), "model")):
-        if path.is_dir():
-            return path
-    hub = str(name) if str(name).count("/") == 1 else "Qwen/Qwen-1_8B"
-    raise DataError(f"{name}: no such backbone, neither as a folder nor in the hub's cache; get one with: "
-                    f"train.py --llm {hub} --download, or: hf download {hub}")
-
-
-def fetch_data(task: Task, data_dir):
-    """Download a data set that is not below `data_dir`. Raises DataError."""
-    published = {Path(name).name for name in task.files.values()}
-    if task.hub and not all(candidates(task, Path(data_dir), split) for split in SPLITS):
-        fetch(task.hub, "dataset", lambda names: [name for name in names if Path(name).name in published])
+    if Path(name).is_dir():
+        return Path(name)
+    folder = hub_folder(str(name), "model", LLM_FILES, fetch)
+    if folder is None:
+        raise DataError(f"{name}: no such backbone, neither as a folder nor in the hub's cache; get it with: "
+                        f"train.py --llm {name} --download, or: hf download {name}")
+    if fetch and not any(folder.glob("*.safetensors")):
+        hub_folder(str(name), "model", ["*.bin"], fetch)
+    return folder
 
 
 def fetch_llm(name):
-    """Download a backbone given by its hub name: config, tokenizer, weights (.bin only if there is no .safetensors)."""
-    def wanted(names):
-        weights = ".safetensors" if any(name.endswith(".safetensors") for name in names) else ".bin"
-        ends = (".json", ".model", ".tiktoken", "merges.txt", weights)
-        return [name for name in names if name.endswith(ends) and "/" not in name]
-
-    if not Path(name).is_dir() and str(name).count("/") == 1:
-        fetch(str(name), "model", wanted)
+    """Download a backbone: config, tokenizer, weights (.bin only if there is no .safetensors)."""
+    find_llm(name, fetch=True)
 
 
-def fetch(repo: str, kind: str, wanted):
-    """Download into the hub's cache what the function `wanted` picks of a repository's file names. Raises DataError."""
-    endpoint, cached = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/"), hub_cache(repo, kind)
-    page, by_hand = f"{endpoint}/{repo}", f"hf download {repo}"
-    if kind == "dataset":
-        page, by_hand = f"{endpoint}/datasets/{repo}", f"{by_hand} --repo-type dataset"
-    try:
-        import huggingface_hub as hub  # only downloads need it
-    except ImportError:
-        raise DataError("--download needs huggingface_hub: pip install huggingface_hub, and run this again; "
-                        f"or fetch it yourself: {by_hand}") from None
-    try:
-        info = hub.HfApi().repo_info(repo, repo_type=kind, files_metadata=True)
-        sizes = {file.rfilename: file.size or 0 for file in info.siblings}
-        names = wanted(list(sizes))
-        new = [name for name in names if not (cached.with_name(info.sha) / name).exists()]
-        if new:
-            print(f"downloading {', '.join(new)}: {sum(sizes[name] for name in new):,} bytes from {page} "
-                  f"to {cached.parents[1]}", flush=True)
-            hub.snapshot_download(repo, repo_type=kind, allow_patterns=names)
-    except Exception as error:          # the client's kinds of error change from version to version
-        status = getattr(getattr(error, "response", None), "status_code", 0)
-        found = {404: "does not exist (status 404): check the name"}.get(status)
-        if status in (401, 403):
-            found = (f"is gated, private or misspelt (status {status}): check the name; if it is gated, as LLaMA2 is, "
-                     f"accept the licence on that page, make a token at {endpoint}/settings/tokens and pass it on with "
-                     "`hf auth login` or in HF_TOKEN")
-        if found is None:
-            reason = " ".join(str(error).split())[:200]
-            found = (f"cannot be fetched ({type(error).__name__}: {reason}): check the network, name a mirror in "
-                     f"HF_ENDPOINT, or fetch it on another machine: {by_hand}")
-            if cached.is_dir():         # perhaps all that is needed
-                return print(f"{page} {found}; going on with {cached}", file=sys.stderr)
-        raise DataError(f"{page} {found}") from None
-    if not names:
-        raise DataError(f"{page} has none of the files that were expected, only {', '.join(sizes)[:500] or 'nothing'}")
+def candidates(task: Task, root: Path, split: str) -> list[Path]:
+    """The files in or below `root` that may be the published one of a split."""
+    published = root / task.files[split]
+    if published.is_file():
+        return [published]
+    # MOSI's and MOSEI's files have one last name: the nearest folder named like one of the two decides.
+    alike = [other.name for other in TASKS.values() if Path(other.files[split]).name == published.name]
+    names = "|".join([task.name, *alike])
+    return [path for path in sorted(root.rglob(published.name))
+            if re.findall(names, str(path.absolute()).lower())[-1:] in ([], [task.name])]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Rows
+def find_data(task: Task, data_dir, split: str, fetch: bool = False) -> Path:
+    """The published file of a split, anywhere below `data_dir`. Raises DataError that says how to get it."""
+    name, advice = task.files[split], "put it there; github.com/thuiar/MMSA tells where it is published"
+    found = candidates(task, Path(data_dir), split)
+    if task.hub and not found:
+        advice = f"try --download, or: hf download {task.hub} --repo-type dataset --local-dir {data_dir}"
+        folder = hub_folder(task.hub, "dataset", [f"*{Path(name).name}"], fetch)
+        found = candidates(task, folder, split) if folder else []
+    if not found:
+        there = ", ".join(str(path.relative_to(data_dir)) for path in sorted(Path(data_dir).rglob("*.pkl")))
+        raise DataError(f"{data_dir}: {name} was not found in or below this folder, where there is "
+                        f"{there[:300] or 'no .pkl file'}; {advice}")
+    if len(found) > 1:
+        listed = ", ".join(map(str, found))
+        raise DataError(f"{data_dir}: {len(found)} files could be {name}: {listed}; point --data-dir at one")
+    return found[0]
 
+
+def fetch_data(task: Task, data_dir):
+    """Download what of a data set is not below `data_dir`. Raises DataError."""
+    for split in SPLITS:
+        find_data(task, data_dir, split, fetch=True)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Rows and batches
 
 FEATURES = ("audio", "video")
-FIELDS = ("text", "audio", "video", "label", "audio_len", "video_len", "id")        # the first four are required
+FIELDS = ("text", "audio", "video", "label", "audio_len", "video_len", "id")    # the first four are required
+WRONG_TEXT = re.compile(r"[\x80-\x9f\ufffd]|â[€„]|[ÂÃ][\xa0-\xbf]|ðŸ|([ã-é][\xa0-\xbf]{2}){2}|^([nN]a[nN])$")
 TABLE_KEYS = ("raw_text", "audio", "vision", "regression_labels", "audio_lengths", "vision_lengths", "id")
 
 
@@ -862,6 +832,7 @@ class Split:
     label: list                     # class numbers or intensities
     id: list
     unused: list = field(default_factory=list)      # what else the file holds
+    told: Counter = field(default_factory=Counter)  # how many rows have which oddity of their lengths
 
     def __len__(self) -> int:
         return len(self.text)
@@ -872,139 +843,135 @@ class Split:
 
 
 def read_split(task: Task, file: Path, split: str) -> Split:
-    """A split just as the file has it; `faults` looks at its rows. Raises DataError for another layout.
+    """A split just as the file has it; `problems` looks at its rows. Raises DataError for another layout.
 
-    The file holds one split or a dict of all, {"train": split, "valid": split, "test": split}. A split is either of
-        rows    [{"label": y, "features": {"text", "audio" (La, Da), "video" (Lv, Dv), "audio_len", "video_len"}}, ...]
-        table   {"raw_text": N texts, "audio": (N, La, Da), "vision": (N, Lv, Dv), "audio_lengths", "vision_lengths",
-                 "regression_labels" or, if they are classes, "labels", "id"}
-    and may lack ids, and lengths: then all frames are real.
+    The file holds one split, or all in a dict {"train": split, ...}. It may lack ids, and lengths: then all
+    frames are real. A split is either of
+        rows    [{"label": y, "features": {"text", "audio" (La, Da), "video", "audio_len", "video_len"}}, ...]
+        table   {"raw_text": N texts, "audio": (N, La, Da), "vision": (N, Lv, Dv), "audio_lengths",
+                 "vision_lengths", "regression_labels" or, if they are classes, "labels", "id"}
     """
-    raw, where, keys = read_pickle(file), f"{file}, {split}", dict(zip(FIELDS, TABLE_KEYS))
+    raw, keys = read_pickle(file), dict(zip(FIELDS, TABLE_KEYS))
     if isinstance(raw, dict) and split in raw:
         raw = raw[split]
     elif len(set(task.files.values())) == 1:
-        raise DataError(f"{where}: not there; expected a dict of {', '.join(SPLITS)} in the one file of {task.name}")
-    if isinstance(raw, list):
-        raw, keys = _table(raw, where), dict(zip(FIELDS, FIELDS))
-    elif task.labels:
+        raise DataError(f"{file}, {split}: not there; expected a dict of train, valid, test in this one file")
+    if task.labels:
         keys["label"] = "labels"
-    raw = raw if isinstance(raw, dict) else {}
-    table = {name: raw[key] for name, key in keys.items() if isinstance(raw.get(key), (list, tuple, np.ndarray))}
-    if lacking := [keys[name] for name in FIELDS[:4] if name not in table]:
-        raise DataError(f"{where}: has no {', '.join(lacking)}; expected a list of rows or a dict of such columns")
-    n, counts = len(table["text"]), {keys[name]: len(column) for name, column in table.items()}
-    if set(counts.values()) != {n} or n == 0:
-        raise DataError(f"{where}: has columns of {counts} entries; expected as many in each, and at least one")
-    columns = {name: _scalars(table.get(name, [None] * n)) for name in FIELDS if name not in FEATURES}
+    if isinstance(raw, list):
+        keys = dict(zip(FIELDS, FIELDS))
+        rows = [flat(row) for row in raw]
+        raw = {key: [row.get(key) for row in rows] for key in set(FIELDS).union(*rows) - {"features"}}
+    raw, table, told = raw if isinstance(raw, dict) else {}, {}, Counter()
+    for name, key in keys.items():
+        if isinstance(raw.get(key), (list, tuple, np.ndarray)) and getattr(raw[key], "ndim", 1) > 0:
+            table[name] = list(raw[key])
+    counts = {keys[name]: len(table.get(name, ())) for name in (*FIELDS[:4], *table)}
+    n = counts[keys["text"]]
+    if n == 0 or set(counts.values()) != {n}:
+        raise DataError(f"{file}, {split}: has {counts} entries; expected as many in each, and at least one, "
+                        "or a list of rows {'label': y, 'features': {'text': x, 'audio': (La, Da), ...}}")
+    for name in set(FIELDS) - set(FEATURES):
+        table[name] = [scalar(x) for x in table.get(name, [None] * n)]
     for kind in FEATURES:
-        columns[kind], key = list(table[kind]), f"{kind}_len"
-        columns[key] = [_length(length, x) for length, x in zip(columns[key], columns[kind])]
-    columns["id"] = [str(i if name is None else name) for i, name in enumerate(columns["id"])]
-    return Split(**columns, unused=sorted(raw.keys() - keys.values()))
+        lengths = table[f"{kind}_len"]
+        for row, x in enumerate(table[kind]):
+            if not is_features(x):
+                continue
+            if lengths[row] is None:
+                lengths[row] = len(x)
+                told[f"no {kind} length, but zeros at the end, which are read"] += not x[-1:].any()
+            elif isinstance(lengths[row], int) and lengths[row] > len(x):
+                lengths[row] = len(x)
+                told[f"a {kind} length above its frames, all of which are read"] += 1
+    table["id"] = [str(row if name is None else name) for row, name in enumerate(table["id"])]
+    return Split(**table, unused=sorted(map(str, raw.keys() - keys.values())), told=+told)
 
 
-def _table(rows: list, where: str) -> dict:
-    """Rows as columns; None stands where a row has no length or id."""
-    table = {}
-    for i, row in enumerate(rows):
-        features = row.get("features") if isinstance(row, dict) else None
-        flat = row | features if isinstance(features, dict) else {}
-        if lacking := [name for name in FIELDS[:4] if name not in flat]:
-            raise DataError(f"{where}: row {i} has no {', '.join(lacking)}; expected "
-                            "{'label': y, 'features': {'text', 'audio', 'video', 'audio_len', 'video_len'}}")
-        table = table or {key: [] for key in (*FIELDS, *flat) if key != "features"}
-        for key, column in table.items():
-            column.append(flat.get(key))
-    return table
+def flat(row) -> dict:
+    """A row of the first layout, its features beside its label; {} for anything else."""
+    features = row.get("features") if isinstance(row, dict) else None
+    return row | features if isinstance(features, dict) else {}
 
 
-def _scalars(column) -> list:
-    """A column's entries as Python's own scalars: bytes become text, arrays of one number that number."""
-    entries = column.tolist() if isinstance(column, np.ndarray) and column.ndim == 1 else list(column)
-    entries = [x.item() if isinstance(x, np.ndarray) and x.size == 1 else x for x in entries]
-    return [str(x, "utf-8", "replace") if isinstance(x, (bytes, memoryview)) else x for x in entries]
-
-
-def _length(length, x):
-    if length is None:
-        return len(x) if isinstance(x, np.ndarray) and x.ndim else 0
-    return int(length) if isinstance(length, float) and length.is_integer() else length
+def scalar(x):
+    """A column's entry as Python's own text or number, 3.0 as 3; anything else as it is."""
+    if isinstance(x, (np.ndarray, np.generic)) and x.size == 1:
+        x = x.item()
+    if isinstance(x, float) and x.is_integer():
+        x = int(x)
+    return str(x, "utf-8", "replace") if isinstance(x, (bytes, memoryview)) else x
 
 
 def number(task: Task, label) -> int | float | None:
     """A class's number, or the intensity; None for what is no label of the task."""
     if task.labels:
-        return task.labels.index(label) if isinstance(label, str) and label in task.labels else None
-    return float(label) if isinstance(label, (int, float)) and task.range[0] <= label <= task.range[1] else None
+        return {name: i for i, name in enumerate(task.labels)}.get(str(label))
+    fits = isinstance(label, (int, float)) and task.range[0] <= label <= task.range[1]
+    return float(label) if fits else None
 
 
-def faults(task: Task, data: Split, widths: dict):
-    """Yield (row, field, what it has) for all that makes a row unusable. widths: of the features seen so far."""
-    wanted = ", ".join(task.labels) or "a number from {} to {}".format(*task.range)
-    for row, (text, label) in enumerate(zip(data.text, data.label)):
+def is_features(x) -> bool:
+    return isinstance(x, np.ndarray) and x.ndim == 2 and x.dtype.kind in "fiub" and x.shape[1] > 0
+
+
+def problems(task: Task, data: Split, widths: dict):
+    """Yield (row, field, what it has, is that unusable?). widths: of features, the commonest unless given."""
+    wanted, ids = ", ".join(task.labels) or f"a number from {task.range[0]} to {task.range[1]}", {}
+    for kind in FEATURES:
+        seen = Counter(x.shape[1] for x in getattr(data, kind) if is_features(x))
+        widths.setdefault(kind, max(seen, key=seen.get, default=0))
+    for row, (text, label, name) in enumerate(zip(data.text, data.label, data.id)):
+        if ids.setdefault(name, row) != row:
+            yield row, "id", "an id that another row has before it", False
         if not isinstance(text, str):
-            yield row, "text", f"a text that is {text!r:.60}; expected a string, '' for none"
+            yield row, "text", f"a text that is {text!r:.60}; expected a string, '' for none", True
+        elif WRONG_TEXT.search(text):
+            yield row, "text", "a text that was decoded wrongly, or is nan", False
         if number(task, label) is None:
-            yield row, "label", f"the label {label!r:.60}; expected {wanted}"
+            yield row, "label", f"the label {label!r:.60}; expected {wanted}", True
         for kind in FEATURES:
             x, length = getattr(data, kind)[row], getattr(data, f"{kind}_len")[row]
-            if not isinstance(x, np.ndarray) or x.ndim != 2 or x.dtype.kind not in "fiub" or x.shape[1] == 0:
+            if not is_features(x):
                 found = f"{x.dtype} {x.shape}" if isinstance(x, np.ndarray) else f"{x!r:.60}"
-                yield row, kind, f"{kind} that is {found}; expected numbers (frames, features)"
-            elif x.shape[1] != widths.setdefault(kind, x.shape[1]):
-                yield row, kind, f"{x.shape[1]} {kind} features; expected {widths[kind]} as in the rows before it"
-            elif not isinstance(length, int) or not 0 <= length <= len(x):
-                yield row, kind, f"the {kind} length {length!r:.60}; expected a count of its {len(x)} frames"
+                yield row, kind, f"{kind} that is {found}; expected numbers (frames, features)", True
+            elif x.shape[1] != widths[kind]:
+                yield row, kind, f"{x.shape[1]} {kind} features; expected {widths[kind]}, as most rows", True
+            elif not isinstance(length, int) or length < 0:
+                yield row, kind, f"the {kind} length {length!r:.60}; expected 0 to its {len(x)} frames", True
+            elif not (np.abs(x[:length]) <= np.finfo(np.float32).max).all():
+                yield row, kind, f"NaN or infinities in {kind}, read as 0", False
+            elif length > 0 and not x[0].any() and x[length:].any():
+                yield row, kind, f"zeros in front of {kind} and features behind its length, not read", False
 
 
 def clean(x: np.ndarray) -> np.ndarray:
-    """Features as fp32. The one policy for odd values: NaN and both infinities become 0 (in the release, NaN of video
-    and -inf of audio). An empty text is kept, a modality of length 0 is missing, and anything else odd is a fault."""
+    """Features as fp32; NaN and both infinities become 0 (in the release, NaN of video and -inf of audio)."""
     with np.errstate(over="ignore"):
         x = x.astype(np.float32)
     x[~np.isfinite(x)] = 0
     return x
 
 
-def odd_values(x: np.ndarray) -> Counter:
-    """How many values `clean` sets to 0, by kind."""
-    with np.errstate(over="ignore"):
-        x = x.astype(np.float32, copy=False)
-    if np.isfinite(x).all():            # nearly always
-        return Counter()
-    return Counter({"NaN": np.isnan(x).sum(), "+inf": np.isposinf(x).sum(), "-inf": np.isneginf(x).sum()})
-
-
-def odd_words(odd: Counter) -> str:
-    return ", ".join(f"{odd[name]:,} {name}" for name in ("NaN", "+inf", "-inf") if odd[name])
-
-
 def load_split(task: Task, data_dir, split: str) -> Split:
-    """Read "train", "valid" or "test"; tells on stderr what is odd. Raises DataError that names file, row and value."""
+    """Read "train", "valid" or "test"; tells on stderr what is odd. Raises DataError for what is unusable."""
     file = find_data(task, data_dir, split)
-    data, told = read_split(task, file, split), []
-    for row, _, has in faults(task, data, {}):
-        raise DataError(f"{file}, {split}: row {row} has {has}; to list every such row: python data.py {task.name} "
-                        f"--data-dir {data_dir}")
-    data.label = [number(task, label) for label in data.label]
+    data = read_split(task, file, split)
+    told = data.told + Counter({"no text": data.text.count("")})
     for kind in FEATURES:
-        odd = sum((odd_values(data.features(kind, row)) for row in range(len(data))), Counter())
-        missing = getattr(data, f"{kind}_len").count(0)
-        told += [f"{odd_words(odd)} in {kind} become 0"] * bool(odd) + [f"{missing} rows lack {kind}"] * bool(missing)
-    if "" in data.text:
-        told.append(f"{data.text.count('')} texts are empty")
-    if told:
-        print(f"{task.name} {split}: {', '.join(told)}", file=sys.stderr)
+        told[f"no {kind}"] = getattr(data, f"{kind}_len").count(0)
+    for row, _, has, unusable in problems(task, data, {}):
+        told[has] += 1
+        if unusable:
+            raise DataError(f"{file}, {split}: row {row} has {has}; to list every such row: "
+                            f"python data.py {task.name} --data-dir {data_dir}")
+    for has, n in (+told).items():
+        print(f"{task.name} {split}: {n} rows have {has}", file=sys.stderr)
+    data.label = [number(task, label) for label in data.label]
     return data
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Batches
-
-
 class Batch(NamedTuple):
-    """What the method reads. Features end with the longest row of the batch; behind a row's length they are zero."""
+    """What the method reads. Features end with the longest row; behind a row's length they are zero."""
     text: list                      # B strings
     audio: torch.Tensor             # (B, La, Da) fp32
     audio_len: torch.Tensor         # (B,)
@@ -1018,21 +985,18 @@ def collate(split: Split, rows) -> Batch:
     def padded(kind):
         features = [clean(split.features(kind, row)) for row in rows]
         lengths = [len(x) for x in features]
-        out = np.zeros((len(rows), max(1, *lengths), features[0].shape[1]), np.float32)
-        for row, x in zip(out, features):
-            row[:len(x)] = x
-        return torch.from_numpy(out), torch.tensor(lengths)
+        x = torch.zeros(len(rows), max(1, *lengths), features[0].shape[1])
+        for i, length in enumerate(lengths):
+            x[i, :length] = torch.from_numpy(features[i])
+        return x, torch.tensor(lengths)
 
-    (audio, audio_len), (video, video_len) = map(padded, FEATURES)
-    return Batch([split.text[i] for i in rows], audio, audio_len, video, video_len, [split.label[i] for i in rows])
+    text, label = [split.text[row] for row in rows], [split.label[row] for row in rows]
+    return Batch(text, *padded("audio"), *padded("video"), label)
 
 
 def epoch_rows(n: int, size: int, seed: int | None = None, epoch: int = 0) -> list:
-    """Row numbers of each batch: shuffled, a pure function of (seed, epoch); in the file's order without a seed.
-
-    Batches of rows of like length would need less padding, but they are no random samples: tried on MELD, they scored
-    worse.
-    """
+    """Row numbers of each batch: a pure function of (seed, epoch); in the file's order without a seed.
+    Rows of like lengths would need less padding, but are no random samples: on MELD they scored worse."""
     # The legacy generator, because numpy promises that its stream never changes.
     order = np.arange(n) if seed is None else np.random.RandomState([seed, epoch]).permutation(n)
     return [order[i:i + size].tolist() for i in range(0, n, size)]
@@ -1044,138 +1008,116 @@ def batches(split: Split, size: int, seed: int | None = None, epoch: int = 0):
         yield collate(split, rows)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The check: what a data set holds, in words, and its problems. A problem is (row, field, what the row "has").
+# ------------------------------------------------------------------------------------------------------------
+# The check: what a data set holds, in words, and its problems
 
 
-SHOWN = 10      # problems of one kind that are listed
-
-
-def check(task: Task, data_dir, tokenizer=None) -> int:
-    """Print what a data set holds, then its problems by row; returns their number. Raises DataError."""
-    splits, usable, widths, problems, published = {}, {}, {}, [], False
+def check(task: Task, data_dir, tokenizer=None, shown: int = 10) -> int:
+    """Print what a data set holds, then its problems by row, some of each kind; returns their number."""
+    splits, widths, found, published = {}, {}, defaultdict(list), False
     for split in SPLITS:
         file = find_data(task, data_dir, split)
-        data = splits[split] = read_split(task, file, split)
+        data, bad = read_split(task, file, split), set()
         print(f"{split}: {beside(len(data), task.rows.get(split))} rows in {file}")
-        if task.sha256 and split == SPLITS[0]:
-            published = sha256(file) == task.sha256
-            print(f"  sha256   {'as published' if published else 'not the published one: changed, or another version'}")
-        found = list(faults(task, data, widths))
-        unfit = {(row, field) for row, field, _ in found}
-        fit = {name: [row for row in range(len(data)) if (row, name) not in unfit] for name in FIELDS}
-        usable[split] = sorted(set.intersection(*map(set, fit.values())))
-        print_texts(task, [data.text[row] for row in fit["text"]], tokenizer)
-        for kind in FEATURES:
-            odd = print_features(task, data, kind, fit[kind])
-            found += [] if published else odd           # some of the published files have such values
-        print(f"  unused   {', '.join(data.unused) or 'nothing else is in the file'}")
-        print_labels(task, [number(task, data.label[row]) for row in fit["label"]])
-        first = {}
-        found += [(row, "id", f"the id {name!r} of row {first[name]}") for row, name in enumerate(data.id)
-                  if first.setdefault(name, row) != row]
-        problems += [(split, *problem) for problem in found]
-    doubles = compare(task, splits, usable)
-    problems += [] if published else doubles
-    shown = Counter()
-    for split, row, kind, has in problems:
-        shown[split, kind] += 1
-        if shown[split, kind] <= SHOWN:
+        if task.sha256 and split == SPLITS[0]:          # the published files have odd values and doubles
+            published = hashlib.sha256(np.memmap(file, mode="r")).hexdigest() == task.sha256
+            print(f"  sha256   {'as published' if published else 'not the published one: another version'}")
+        for row, name, has, unusable in problems(task, data, widths):
+            if unusable:
+                bad.add(row)
+            if unusable or not published:
+                found[split, name].append((row, has))
+        rows = [row for row in range(len(data)) if row not in bad]
+        splits[split] = data, rows
+        if rows:
+            describe(task, data, rows, tokenizer)
+    for split, row, has in compare(task, splits):
+        if not published:
+            found[split, "double"].append((row, has))
+    for (split, name), listed in found.items():
+        for row, has in listed[:shown]:
             print(f"problem: {split} row {row} has {has}")
-    for (split, kind), n in shown.items():
-        if n > SHOWN:
-            print(f"problem: {n - SHOWN:,} more such rows of {split} ({kind})")
-    print(f"{task.name}: {len(problems):,} problems{', rows counted from 0' if problems else ''}")
-    return len(problems)
+        if len(listed) > shown:
+            print(f"problem: {len(listed) - shown:,} more such rows of {split} ({name})")
+    n = sum(map(len, found.values()))
+    print(f"{task.name}: {n:,} problems{', rows counted from 0' if n else ''}")
+    return n
 
 
 def beside(found, published) -> str:
-    note = "" if published is None else "as published" if found == published else f"published: {published}"
-    return f"{found} ({note})" if note else f"{found}"
+    note = "as published" if found == published else f"published: {published}"
+    return f"{found} ({note})" if published else f"{found}"
 
 
-def sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with open(file, "rb") as blocks:
-        while block := blocks.read(1 << 24):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def print_texts(task: Task, texts: list, tokenizer):
-    sizes, cut = list(map(len, texts)) or [0], ""
+def describe(task: Task, data: Split, rows: list, tokenizer):
+    """Print what these rows hold: texts, features, labels."""
+    texts, cut = [data.text[row] for row in rows], ""
+    sizes = [len(text) for text in texts]
     if tokenizer is not None:
         n = sum(len(tokenizer.encode(text)) > task.text_len for text in texts)
-        cut = f"; {n} ({n / max(1, len(texts)):.1%}) have more than {task.text_len} tokens and will be cut"
-    print(f"  text     {min(sizes)} to {max(sizes)} characters, {texts.count('')} empty{cut}")
-
-
-def print_features(task: Task, data: Split, kind: str, rows: list) -> list:
-    """Describe one modality of these rows; returns the problems, values that are not finite."""
-    odd, low, high, sums, zero = [], math.inf, -math.inf, np.zeros(3), 0
-    for row in rows:
-        x = data.features(kind, row)
-        if values := odd_values(x):
-            odd.append((row, kind, f"{odd_words(values)} in {kind}, read as 0"))
-        x = clean(x).astype(float).ravel()
-        low, high = min(low, x.min(initial=math.inf)), max(high, x.max(initial=-math.inf))
-        sums, zero = sums + (x.size, x.sum(), x @ x), zero + (x.size > 0 and not x.any())
-    n, mean, square = sums / (1, sums[0] or 1, sums[0] or 1)
-    std = math.sqrt(max(0, square - mean ** 2))
-    values = f"{low:.3g} to {high:.3g}, mean {mean:.3g}, std {std:.3g}" if n else "no values"
-    if rows:
+        cut = f"; {n} ({n / len(rows):.1%}) have more than {task.text_len} tokens and will be cut"
+    print(f"  text     {min(sizes)} to {max(sizes)} characters, {sizes.count(0)} empty{cut}")
+    for kind in FEATURES:
+        lengths, figures = [getattr(data, f"{kind}_len")[row] for row in rows], []
+        for row in rows:
+            x = clean(data.features(kind, row)).astype(float)
+            low, high = x.min(initial=math.inf), x.max(initial=-math.inf)
+            figures.append((low, high, x.size, x.sum(), (x * x).sum()))
+        low, high, n, total, squares = np.array(figures).T
         shapes = sorted({getattr(data, kind)[row].shape for row in rows})
-        shape = " to ".join(map(str, shapes[::max(1, len(shapes) - 1)]))        # the first and the last
-        types = ", ".join(sorted({str(getattr(data, kind)[row].dtype) for row in rows}))
-        lengths = [getattr(data, f"{kind}_len")[row] for row in rows]
+        shape = f"{shapes[0]}" if len(shapes) == 1 else f"{shapes[0]} to {shapes[-1]}"
         published = str((getattr(task, f"{kind}_len"), getattr(task, f"{kind}_dim")))
-        print(f"  {kind:8} {beside(shape, published)}, {types}; lengths {min(lengths)} to {max(lengths)}; "
-              f"missing in {lengths.count(0)} rows, all zero in {zero}\n           {values}")
-    return odd
-
-
-def print_labels(task: Task, labels: list):
-    """A line and a bar for each class, or for each step in the range of an intensity."""
-    names = task.labels
-    if not names:
+        dtypes = ", ".join(sorted({str(getattr(data, kind)[row].dtype) for row in rows}))
+        zero = np.sum((n > 0) & (squares == 0))
+        print(f"  {kind:8} {beside(shape, published)}, {dtypes}; lengths {min(lengths)} to {max(lengths)}; "
+              f"missing in {lengths.count(0)} rows, all zero in {zero}")
+        if zero == np.sum(n > 0) > 0:
+            print(f"  remark   {kind} is zero in every row that has it")
+        if n.any():
+            mean = total.sum() / n.sum()
+            std = math.sqrt(max(0, squares.sum() / n.sum() - mean ** 2))
+            print(f"           {low.min():.3g} to {high.max():.3g}, mean {mean:.3g}, std {std:.3g}")
+    for has, n in data.told.items():
+        print(f"  remark   {n} rows have {has}")
+    print(f"  unused   {', '.join(data.unused) or 'nothing else is in the file'}")
+    labels, names = [number(task, data.label[row]) for row in rows], task.labels
+    if not names:                       # a bar for each step in the range of an intensity
         low, high = task.range
         step = 1.0 if high > 1 else 0.2
         names = [f"{low + i * step:+.1f}" for i in range(round((high - low) / step) + 1)]
         labels = [round((y - low) / step) for y in labels]
     for i, name in enumerate(names):
-        share = labels.count(i) / max(1, len(labels))
+        share = labels.count(i) / len(rows)
         print(f"  {name:8} {labels.count(i):6,} {share:6.1%} {'#' * round(60 * share)}".rstrip())
 
 
-def compare(task: Task, splits: dict, usable: dict) -> list:
-    """The problems between splits: rows that are in two. Texts and ids that are in two are only counted."""
-    doubles, texts, ids = [], {}, {}
-    for split, data in splits.items():
-        for row in usable[split]:
-            texts.setdefault(data.text[row], []).append((split, row))
-            if data.id[row] != str(row):                # an id of its own
-                ids.setdefault(data.id[row], set()).add(split)
-    shared = [places for places in texts.values() if len({split for split, _ in places}) > 1]
-    for places in shared:
-        first = {}                                      # what a row is -> where it is first
-        for split, row in places:
-            features = [clean(splits[split].features(kind, row)) for kind in FEATURES]
-            content = splits[split].label[row], *(x.tobytes() for x in features)
+def compare(task: Task, splits: dict) -> list:
+    """The rows that are in two splits: (split, row, what it has). Texts and ids in two are only counted."""
+    texts, ids, first, doubles, known = Counter(), Counter(), {}, [], 0
+    for split, (data, rows) in splits.items():
+        texts.update({data.text[row] for row in rows})
+        ids.update({data.id[row] for row in rows if data.id[row] != str(row)})      # ids of their own
+        for row in rows:
+            text, features = data.text[row], [clean(data.features(kind, row)) for kind in FEATURES]
+            content = hash((text, data.label[row], *(x.tobytes() for x in features)))
             before, twin = first.setdefault(content, (split, row))
-            if before != split and any(x.any() for x in features):      # without features there is only the text
-                doubles.append((split, row, "double", f"text, label and features of {before} row {twin}"))
-    problems = [double for double in doubles if splits[double[0]].text[double[1]] not in task.twins]
-    print(f"in more than one split: {len(shared):,} texts, {sum(len(found) > 1 for found in ids.values()):,} ids, "
-          f"{len(doubles):,} whole rows ({len(doubles) - len(problems)} of them known)")
-    return problems
+            if before == split or not any(x.any() for x in features):       # without features: only a text
+                continue
+            known += text in task.twins
+            if text not in task.twins:
+                doubles.append((split, row, f"text, label and features of {before} row {twin}"))
+    texts, ids = sum(n > 1 for n in texts.values()), sum(n > 1 for n in ids.values())
+    print(f"in more than one split: {texts:,} texts, {ids:,} ids, {len(doubles) + known:,} whole rows "
+          f"({known} of them known)")
+    return doubles
 
 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=TASKS, help="the data set")
-    parser.add_argument("--data-dir", help="folder with the published files somewhere below [data; the demo's: demo]")
-    parser.add_argument("--download", action="store_true", help="fetch the data set first, unless it is there")
+    parser.add_argument("--data-dir", help="folder with the published files somewhere below [data or demo]")
+    parser.add_argument("--download", action="store_true", help="first fetch what is not there")
     parser.add_argument("--llm", help="a backbone, whose tokenizer tells how many texts are too long")
     args = parser.parse_args(argv)
     task = TASKS[args.name]
