@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from data import special_ids
 from model import KVCache, write_atomic
 
 @dataclass(frozen=True)
@@ -134,9 +135,9 @@ class MultimodalLLM(nn.Module):
                              f"width {adapter.config.dim}, and the tokenizer has {tokenizer.size} ids; use the ones "
                              "made for this backbone")
         words = task.wording(llm.config.family, official)
-        self.pad_id, self.eos_id = tokenizer.token_id(words.pad), tokenizer.token_id(words.eos)
+        self.bos, self.eos_id, self.pad_id = special_ids(words, tokenizer)
         # Every part of a row is tokenised on its own.
-        self.before = [tokenizer.token_id(name) for name in words.bos] + tokenizer.encode(words.open)
+        self.before = self.bos + tokenizer.encode(words.open)
         self.after = tokenizer.encode(words.close) + tokenizer.encode(words.prompt)
         self.label_text, self.reread = words.label, words.reread
         self.labels = [tokenizer.encode(text) for text in words.labels]         # every legal one, as tokens

@@ -89,6 +89,10 @@ _CHATGLM = Family(
 FAMILIES = {"llama": _LLAMA, "qwen": _QWEN, "qwen2": _QWEN, "chatglm": _CHATGLM}
 
 
+def family_words(family: str) -> Family:
+    """A family that the release does not know is spoken to as LLaMA2."""
+    return FAMILIES.get(family, _LLAMA)
+
 class Wording(NamedTuple):
     """One task in one family's words: special tokens by name, everything else as text."""
     bos: tuple
@@ -101,6 +105,19 @@ class Wording(NamedTuple):
     labels: list                    # the text of every legal label
     reread: bool                    # see Family
 
+
+def special_ids(words: Wording, tokenizer) -> tuple[list, int, int]:
+    """Ids of the tokens in front of a row, of its end and of padding: the release's or, if the tokenizer has other
+    ones, those that the checkpoint's tokenizer_config.json names. Raises ValueError if it names none."""
+    try:
+        return [tokenizer.token_id(name) for name in words.bos], *map(tokenizer.token_id, (words.eos, words.pad))
+    except DataError as unknown:
+        names = tokenizer.names
+        if names["eos"] is None:
+            raise unknown
+    bos = [] if names["bos"] is None else [tokenizer.token_id(names["bos"])]
+    pad = names["eos"] if names["pad"] is None else names["pad"]
+    return bos, tokenizer.token_id(names["eos"]), tokenizer.token_id(pad)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Tasks
@@ -149,7 +166,7 @@ class Task:
 
     def wording(self, family: str, official: bool = False) -> Wording:
         """The words around a row; official: the release's, to the letter, else each run of spaces is one."""
-        words, tag = FAMILIES[family], TAG[self.language]
+        words, tag = family_words(family), TAG[self.language]
         if self.labels:
             names = ", ".join(f"{name}:{i}" for i, name in enumerate(self.labels))
             prompt = words.prompts[self.language, "class"].format(labels=names)
@@ -228,7 +245,7 @@ PRESETS = {
 def preset(task: Task | str, family: str) -> Preset:
     """The release's hyper-parameters; where it has none, MELD's for classes and MOSEI's for an intensity."""
     task = TASKS[task] if isinstance(task, str) else task
-    words = FAMILIES[family].name
+    words = family_words(family).name
     nearest = "meld" if task.labels else "mosei"
     return PRESETS.get((task.name, words)) or PRESETS[nearest, words]
 

@@ -29,8 +29,8 @@ import torch
 from tqdm import tqdm
 
 from adapter import AdapterConfig, MSEAdapter, MultimodalLLM, save_adapter
-from data import FAMILIES, FEATURES, HERE, SPLITS, TASKS, Split, collate, epoch_rows, fetch_data, fetch_llm
-from data import find_llm, load_split, load_tokenizer, preset
+from data import FEATURES, HERE, SPLITS, TASKS, Split, collate, epoch_rows, fetch_data, fetch_llm
+from data import family_words, find_llm, load_split, load_tokenizer, preset
 from eval import DECODE, READOUT, ablation, collapsed, evaluate, feature_range, read_json, write_results
 from model import Config, load_llm, write_atomic
 
@@ -473,7 +473,7 @@ def summarize(records: list[dict], out: Path):
 def recorded(family: str, task: str) -> dict:
     """What the release recorded of a pair, {metric: [mean, std over five seeds or null]}, and a note."""
     figures = json.loads((HERE / "docs" / "release.json").read_text(encoding="utf-8"))
-    return figures.get(f"{FAMILIES[family].name} {task}", {})
+    return figures.get(f"{family_words(family).name} {task}", {})
 
 def main(argv=None):
     settings = parse_settings(argv)
