@@ -414,10 +414,15 @@ class DataError(ValueError):
     """The one exception for data that cannot be used: the file, what was found, what was expected, what to do."""
 
 
-ADVICE = (      # words of what was found, and what to do about it
-    ("'version https://git-lfs", "this only points to the data: fetch them with `git lfs pull`"),
-    ("'<", "this is a web page: fetch the file again, the server answered with a page"),
+ADVICE = (      # what was found, as a pattern, and what to do about it
+    ("version https://git-lfs", "this only points to the data: fetch them with `git lfs pull`"),
+    ("with b.<", "this is a web page: fetch the file again, the server answered with a page"),
+    (r"with b.[(\]}]| \w*STRING", 'if Python 2 wrote it, load it once with encoding="latin1" where you trust it, and '
+                                  "save it again with protocol=4"),
+    (r"with b.PK|'torch\.", "save plain arrays, of tensors their .numpy(), with pickle.dump"),
+    (r"'pandas\.", 'save tables as their .to_dict("list") or .to_numpy(), with pickle.dump'),
     ("starts with", "expected a pickle of protocol 2 to 5: fetch it again, or write it with protocol=4"),
+    (r"\\r", "its line ends were changed on the way: transfer it again, in binary mode"),
     ("cannot be read", "expected one whole pickle: fetch or write it again"),
     ("", "expected dicts, lists, text, numbers, plain arrays: save yours so, and do not load this by other means"),
 )
@@ -433,15 +438,19 @@ def read_pickle(path) -> object:
 
     Arrays are read-only views of the mapped file, perhaps unaligned or byte-swapped; those of objects come as lists.
     """
+    data = b""
     try:
         if not os.path.isfile(path):        # a FIFO would wait for its other end
             raise OSError("missing, or not a file")
         with open(path, "rb") as file:
-            return PickleMachine(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)).run()
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return PickleMachine(data).run()
     except Exception as error:              # of any type: who knows what a broken file leads to
         found = str(error) if isinstance(error, DataError) else f"cannot be read ({error!r})"
-    advice = next(advice for words, advice in ADVICE if words in found)
-    raise DataError(f"{path} {found:.200}; {advice}")
+    if data.find(b"\n") > 0 and not re.search(rb"(?<!\r)\n", data):
+        found += r" and has \n only behind \r"
+    advice = next(advice for pattern, advice in ADVICE if re.search(pattern, found))
+    raise DataError(f"{path} {found:.250}; {advice}")
 
 
 @dataclass
@@ -481,11 +490,10 @@ class PickleMachine:
                 case "BINGET" | "LONG_BINGET":
                     found = memo[op.arg.reader(data)]
                     push(getattr(found, "made", found))
-                case "MEMOIZE":
-                    push(items[0])
-                    memo[len(memo)] = items[0]
-                case "BINPUT" | "LONG_BINPUT":
-                    memo[op.arg.reader(data)] = self.stacks[-1][-1]
+                case "MEMOIZE" | "BINPUT" | "LONG_BINPUT":
+                    self.stacks[-1] += items                    # what MEMOIZE took
+                    slot = op.arg.reader(data) if op.arg else len(memo)
+                    memo[slot] = self.stacks[-1][-1]
                 case "MARK":
                     self.stacks.append([])
                 case name if name in LENGTH:

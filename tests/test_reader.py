@@ -1,5 +1,6 @@
 """The safe pickle reader: plain data reads as pickle.load reads it, and nothing else gets past the door."""
 import functools
+import json
 import mmap
 import operator
 import os
@@ -14,6 +15,7 @@ from struct import pack
 
 import numpy as np
 import pytest
+import torch
 
 from conftest import need_shared
 from data import DataError, read_pickle
@@ -250,9 +252,7 @@ PROGRAMS = [  # what it is, its instructions between the header and the stop, a 
     ("name of lists", b"]]\x93", "TypeError"),
     ("name too deep to hash", text("numpy") + b")" + b"\x85" * 100_000 + b"\x93", "TypeError"),
     ("endless name", b"c" + b"a" * 9999, "ValueError"),
-    ("persistent id", b"Pa\n", "PERSID"), ("persistent id, binary", b"NQ", "BINPERSID"),
-    ("extension 1", b"\x82\x01", "EXT1"), ("extension 2", b"\x83\x01\x00", "EXT2"),
-    ("extension 4", b"\x84\x01\x00\x00\x00", "EXT4"), ("inst", b"(ios\nsystem\n", "INST"),
+    ("persistent id", b"NQ", "BINPERSID"), ("extension", b"\x82\x01", "EXT1"), ("inst", b"(ios\nsystem\n", "INST"),
     ("obj", b"(" + name("numpy", "ndarray") + b"o", "IndexError"),
     ("newobj", name("numpy", "ndarray") + b")\x81", "NEWOBJ ['numpy.ndarray']"),
     ("newobj_ex", name("numpy", "ndarray") + b")}\x92", "NEWOBJ_EX"), ("buffer elsewhere", b"\x97", "NEXT_BUFFER"),
@@ -268,16 +268,14 @@ PROGRAMS = [  # what it is, its instructions between the header and the stop, a 
     ("half an array in a list", b"]" + blank() + b"q\x00a" + b"h\x00" + tup(num(1), tup(num(1)), F8, b"\x89", ONE)
      + b"b0", "POP"),
     ("dtype with an offset", dtype("V8", "|", OFFSET), "names 'V8', which"),
-    ("dtype of fields", dtype("f8,f8"), "names 'f8,f8', which"),
+    ("dtype of dates", dtype("M8[s]"), "names 'M8[s]', which"),
     ("plain dtype with an offset", dtype("f8", "|", OFFSET), "names 'f8', which"),
     ("plain dtype with a subarray", dtype("f8", "|", tup(F8, tup(num(2**40))) + b"NN"), "names 'f8', which"),
-    ("dtype of dates", dtype("M8[s]"), "names 'M8[s]', which"),
     ("dtype of long text", dtype("U999999999"), "names 'U999999999', which"),
     ("dtype of no text", dtype("U0"), "names 'U0', which"), ("dtype's order", dtype("f8", "S"), "names 'f8', which"),
     ("2 GiB by _reconstruct", blank(tup(num(2**31))), "_reconstruct', which"),
     ("another class by _reconstruct", blank(kind=name("numpy", "dtype")), "_reconstruct', which"),
     ("shape of 16 GiB", array(tup(num(2**31)), F8, ONE), "cannot reshape array of size 1 into shape (2147483648,)"),
-    ("shape too long", array(tup(num(2)), F8, ONE), "cannot reshape array of size 1 into shape (2,)"),
     ("shape too short", array(tup(num(0)), F8, ONE), "cannot reshape array of size 1 into shape (0,)"),
     ("half a number", array(tup(num(1)), F8, data(bytes(9))), "multiple of element size"),
     ("shape that overflows", array(tup(num(2**62, 4)), F8, ONE), "cannot reshape"),
@@ -294,7 +292,6 @@ PROGRAMS = [  # what it is, its instructions between the header and the stop, a 
     ("half a pair in an array", array(tup(num(1)), dtype("U1"), data(b"\0\xd8\0\0")), "UnicodeDecodeError"),
     ("half a pair", b"X\x03\0\0\0\xed\xa0\x80", "UnicodeDecodeError"),
     ("axes unknown", frombuffer(ONE, F8, tup(num(1)), text("K"), tup(num(7))), "Error"),
-    ("_frombuffer too short", frombuffer(ONE, F8, tup(num(2)), text("C")), "cannot reshape"),
     ("scalar too short", call(SCALAR, F8, b"C\x01a"), "multiple of element size"),
     ("another codec", call(ENCODE, text("a"), text("rot13")), "names '_codecs.encode', which"),
     ("bytes beyond latin1", call(ENCODE, text("你"), text("latin1")), "UnicodeEncodeError"),
@@ -316,7 +313,7 @@ PROGRAMS = [  # what it is, its instructions between the header and the stop, a 
     ("dict deep by the memo", b"](]q\x00" + (b"}" + text("a") + b"h\x00sq\x00") * 50_000 + b"e", "deep"),
     ("list in itself", b"]q\x00h\x00a", "deep"), ("dict in itself", b"}q\x00" + text("a") + b"h\x00s", "deep"),
     ("marks", b"(" * MILLION, "far more memory"), ("memo entries", b"N" + b"\x94" * MILLION, "far more memory"),
-    ("list of lists", pickle.dumps(functools.reduce(lambda part, _: [part] * 10, range(12), []), 4)[2:-1],
+    ("list of lists", pickle.dumps(functools.reduce(lambda part, _: [part] * 10, range(7), []), 4)[2:-1],
      "far more memory"),
     ("a list copied into arrays", b"](](" + b"N" * 200_000 + b"eq\x00"
      + array(tup(num(200_000)), OBJECT, b"h\x00") * 1000 + b"e", "far more memory"),
@@ -329,7 +326,6 @@ PROGRAMS = [  # what it is, its instructions between the header and the stop, a 
 ]
 FILES = [  # what is no pickle at all
     ("zero bytes", b"", "empty"), ("a word", b"hello\n", "protocol 2 to 5"),
-    ("a zip", b"PK\x03\x04", "protocol 2 to 5"),
     ("git-lfs pointer", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git lfs pull"),
     ("web page", b"\n<!DOCTYPE html><html><body>404</body></html>", "a web page"),
     ("half a header", b"\x80", "protocol 2 to 5"),
@@ -358,7 +354,7 @@ def gadgets(canary):
     for label, gadget in calls.items():
         for protocol in range(6):
             raw = pickle.dumps({"features": [gadget]}, protocol)
-            yield f"{label}, protocol {protocol}", raw, "names '" if protocol > 1 else "protocol 2 to 5"
+            yield f"{label}, protocol {protocol}", raw, "names '" if protocol > 1 else "starts with"
     yield "set", pickle.dumps({1}, 4), "EMPTY_SET"
     yield "structured array", pickle.dumps(np.zeros(2, "f4,i4"), 4), "names 'V8', which"
     yield "masked array", pickle.dumps(np.ma.zeros(2), 4), "names 'numpy.ma.core._mareconstruct'"
@@ -418,6 +414,25 @@ def test_what_is_not_a_file(tmp_path):
     os.close(end)
 
 
+ADVICE = [  # what users bring, how it begins, what the message advises
+    ("Python 2, protocol 0", b"(lp0\n(dp1\nS'label'\np2\nS'joy'\np3\nsa.", "Python 2 wrote it"),
+    ("Python 2, protocol 1", b"]q\x00}q\x01U\x05labelq\x02U\x03joyq\x03sa.", "Python 2 wrote it"),
+    ("Python 2, protocol 2", b"\x80\x02]q\x00}q\x01U\x05labelq\x02U\x03joyq\x03sa.", 'encoding="latin1"'),
+    ("a tensor", pickle.dumps([torch.ones(3)]), ".numpy()"), ("torch.save", b"PK\x03\x04", ".numpy()"),
+    ("a table", b"\x80\x04" + name("pandas.core.frame", "DataFrame") + b")\x81.", '.to_dict("list")'),
+    ("a column", b"\x80\x04" + call(name("pandas.core.series", "Series")) + b".", '.to_dict("list")'),
+    *[(f"line ends, protocol {p}", pickle.dumps(rows(), p).replace(b"\n", b"\r\n"), "binary mode") for p in PROTOCOLS],
+    ("cut", pickle.dumps(rows(), 4)[:-9], "expected one whole pickle"),
+]
+
+
+@pytest.mark.parametrize("raw, advice", [case[1:] for case in ADVICE], ids=[case[0] for case in ADVICE])
+def test_the_advice_fits_the_cause(tmp_path, raw, advice):
+    with pytest.raises(DataError) as error:
+        read_pickle(write(tmp_path / "a.pkl", raw))
+    assert advice in str(error.value)
+
+
 @pytest.mark.filterwarnings("ignore:invalid escape")  # pickletools' own, for names in damaged files
 def test_mutations_of_a_good_file(tmp_path):
     """Whatever is broken, only DataError comes out, or plain data."""
@@ -442,31 +457,24 @@ def test_mutations_of_a_good_file(tmp_path):
 
 def mutate(raw, rng):
     at, other, n = rng.randrange(2, len(raw)), rng.randrange(2, len(raw)), rng.randrange(1, 20)
-    match rng.randrange(6):
+    opcodes = b"]}()tRbaesuhqrjXBCKJMGN.\x85\x86\x87\x8a\x8c\x8e\x93\x94\x95\x96"
+    match rng.randrange(5):
         case 0:
-            raw[at] = rng.randrange(256)
-        case 1:
             raw[at] ^= 1 << rng.randrange(8)
-        case 2:
+        case 1:
             del raw[at:at + n]
-        case 3:
+        case 2:
             raw[at:at] = rng.randbytes(n)
-        case 4:
+        case 3:
             raw[at:at] = raw[other:other + n]
-        case 5:
-            raw[at] = rng.choice(b"]}()tRbaesuhqrjXBCKJMGN.\x85\x86\x87\x8a\x8c\x8e\x93\x94\x95\x96")
+        case 4:
+            raw[at] = rng.choice(opcodes)
 
 
 def plain(value):
     """Walks all that was read."""
-    if type(value) in (list, tuple):
-        for part in value:
-            plain(part)
-    elif type(value) is dict:
-        plain(list(value))
-        plain(list(value.values()))
-    elif type(value) is np.ndarray:
-        assert value.dtype != object
-        plain(value.tolist())
-    else:
-        assert type(value) in (str, bytes, int, float, bool, type(None), memoryview)
+    def leaf(x):
+        assert type(x) in (bytes, memoryview, np.ndarray)
+        return x.tolist() if isinstance(x, np.ndarray) else list(x)
+
+    json.dumps(value, default=leaf)
