@@ -422,7 +422,7 @@ ADVICE = [  # what users bring, how it begins, what the message advises
     ("a table", b"\x80\x04" + name("pandas.core.frame", "DataFrame") + b")\x81.", '.to_dict("list")'),
     ("a column", b"\x80\x04" + call(name("pandas.core.series", "Series")) + b".", '.to_dict("list")'),
     *[(f"line ends, protocol {p}", pickle.dumps(rows(), p).replace(b"\n", b"\r\n"), "binary mode") for p in PROTOCOLS],
-    ("cut", pickle.dumps(rows(), 4)[:-9], "expected one whole pickle"),
+    ("cut", pickle.dumps(rows(), 3)[:-9], "expected one whole pickle"),
 ]
 
 
