@@ -20,9 +20,8 @@ import json
 import math
 import mmap
 import os
+import pickletools
 import re
-import stat
-import struct
 import sys
 import unicodedata
 from collections import Counter, defaultdict
@@ -30,7 +29,6 @@ from dataclasses import dataclass, field
 from functools import cache
 from itertools import accumulate, chain, pairwise
 from pathlib import Path
-from types import FunctionType
 from typing import NamedTuple
 
 import numpy as np
@@ -502,250 +500,176 @@ def load_tokenizer(path: str | Path) -> SentencePiece | ByteBPE:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Reading a pickle without running it. A pickle is a program for a small stack machine, and pickle.load calls whatever
-# the program names. The machine here knows only the instructions that plain data needs and calls only its own methods,
-# so all that a hostile or broken file can do is be refused. Large arrays stay views of the mapped file, which take no
-# memory until their rows are read.
+# Reading a pickle without running it. A pickle is a program for a small stack machine, and pickle.load calls
+# whatever the program names. The machine here knows only what plain data needs and calls nothing by name, so all
+# that a hostile or broken file can do is be refused. Large arrays stay views of the mapped file.
 
 
 class DataError(ValueError):
     """The one exception for data that cannot be used: the file, what was found, what was expected, what to do."""
 
 
-FOREIGN = ("expected only dicts, lists, text, numbers and plain numpy arrays: do not load it by other means, fetch the "
-           "published file or save yours again as plain arrays")
-DAMAGED = "expected one whole pickle: the file is damaged, fetch or write it again"
-LOOKALIKES = (  # first bytes of what is often found in a pickle's place
-    (b"version https://git-lfs", "a git-lfs pointer, not the data that it stands for: fetch that with `git lfs pull`"),
-    (b"<", "a web page, not data: fetch the file again, the server answered with a page"),
-    (b"", "not a pickle of protocol 2 to 5: fetch it again, or write it with pickle.dump(data, file, protocol=4)"))
-DEPTH = 16  # containers inside one another; the published files have 3
-OBJECT = 100  # bytes of memory that a container, an array or a memo entry takes, roughly
-SCALARS = {str, bytes, int, float, bool, type(None)}
-PLAIN = SCALARS | {list, tuple, dict, np.ndarray, memoryview}
+ADVICE = (      # what was found, as a pattern, and what to do about it
+    ("version https://git-lfs", "this only points to the data: fetch them with `git lfs pull`"),
+    ("with b.<", "this is a web page: fetch the file again, the server answered with a page"),
+    (r"with b.[(\]}]| \w*STRING", 'if Python 2 wrote it, load it once with encoding="latin1" where you trust it, and '
+                                  "save it again with protocol=4"),
+    (r"with b.PK|'torch\.", "save plain arrays, of tensors their .numpy(), with pickle.dump"),
+    (r"'pandas\.", 'save tables as their .to_dict("list") or .to_numpy(), with pickle.dump'),
+    ("starts with", "expected a pickle of protocol 2 to 5: fetch it again, or write it with protocol=4"),
+    (r"\\r", "its line ends were changed on the way: transfer it again, in binary mode"),
+    ("cannot be read", "expected one whole pickle: fetch or write it again"),
+    ("", "expected dicts, lists, text, numbers, plain arrays: save yours so, and do not load this by other means"),
+)
+PLAIN = {str, bytes, memoryview, int, float, bool, type(None), list, tuple, dict, np.ndarray}
 DTYPE = re.compile("b1|[iu][1248]|f[248]|[US][1-9][0-9]{0,6}|O8?")
-CONSTANT = {b"N": None, b"\x88": True, b"\x89": False}
-OPERAND = {bytes([op]): struct.Struct(form) for form, ops in (  # the number that follows an instruction
-    ("<B", b"KhqC\x8c\x8a"), ("<H", b"M"), ("<i", b"J"), ("<I", b"jrBX"), ("<Q", b"\x8d\x8e\x95\x96"), (">d", b"G"))
-    for op in ops}
-REFUSED = dict(zip(b"PQ\x82\x83\x84io\x81\x92ILFSVldpg012TU\x8a\x8b\x8f\x90\x91\x97\x98", (  # named in the message
-    "PERSID", "BINPERSID", "EXT1", "EXT2", "EXT4", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "INT", "LONG", "FLOAT",
-    "STRING", "UNICODE", "LIST", "DICT", "PUT", "GET", "POP", "POP_MARK", "DUP", "BINSTRING", "SHORT_BINSTRING",
-    "LONG1 of over 8 bytes", "LONG4", "EMPTY_SET", "ADDITEMS", "FROZENSET", "NEXT_BUFFER", "READONLY_BUFFER")))
+CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+LENGTH = {"SHORT_BINUNICODE": 1, "BINUNICODE": 4, "BINUNICODE8": 8, "BINBYTES": 4, "BINBYTES8": 8, "BYTEARRAY8": 8}
+OPCODES = {ord(op.code): op for op in pickletools.opcodes}
 
 
 def read_pickle(path) -> object:
-    """The plain data in the pickle `path`: dicts, lists, tuples, Python scalars (long bytes as views), numpy arrays.
+    """The plain data in a pickle, protocols 2 to 5, numpy 1 or 2. Raises DataError for everything else.
 
-    Reads what numpy 1 and 2 write with protocols 2 to 5 and raises DataError for everything else. Arrays, but for those
-    of objects, are read-only views of the mapped file, perhaps unaligned or byte-swapped: leave the file in place.
+    Arrays are read-only views of the mapped file, perhaps unaligned or byte-swapped; those of objects come as lists.
     """
+    data = b""
     try:
-        info = os.stat(path)  # before open, which would wait for the other end of a FIFO
-        what = ("a directory" if stat.S_ISDIR(info.st_mode) else "a pipe or a device" if not stat.S_ISREG(info.st_mode)
-                else "empty, 0 bytes" if info.st_size == 0 else None)
-        if what:
-            raise DataError(f"{path} is {what}: expected a pickle, give the path of one or fetch it again")
+        if not os.path.isfile(path):        # a FIFO would wait for its other end
+            raise OSError("missing, or not a file")
         with open(path, "rb") as file:
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: expected a pickle, check the path ({error.strerror})") from None
-    if not re.match(rb"\x80[\x02-\x05]", data):
-        what = next(text for magic, text in LOOKALIKES if data[:64].lstrip().startswith(magic))
-        raise DataError(f"{path} is {what} (it starts with {data[:16]!r})")
-    machine = PickleMachine(path, data)
-    try:
-        return machine.run()
-    except DataError:
-        raise
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:  # no honest file gets here
-        machine.fail(f"makes no sense ({type(error).__name__})", DAMAGED)
+        return PickleMachine(data).run()
+    except Exception as error:              # of any type: who knows what a broken file leads to
+        found = str(error) if isinstance(error, DataError) else f"cannot be read ({error!r})"
+    if data.find(b"\n") > 0 and not re.search(rb"(?<!\r)\n", data):
+        found += r" and has \n only behind \r"
+    advice = next(advice for pattern, advice in ADVICE if re.search(pattern, found))
+    raise DataError(f"{path} {found:.250}; {advice}")
 
 
-@dataclass(slots=True)
-class Unfinished:
-    """A numpy object that a pickle has named and will describe; `build` then puts the real one in its place."""
-    code: str | None  # of a dtype; None for an array
-    slot: int | None = None  # where the memo keeps it
+@dataclass
+class Named:
+    """Stands for what the pickle names or begins to describe; once described, `made` is the real object."""
+    text: str                               # a function or class, the code of a dtype, or "array"
 
 
 class PickleMachine:
-    def __init__(self, path, data):
-        self.path, self.data, self.view = path, data, memoryview(data)
-        self.at, self.stack, self.marks, self.memo = 2, [], [], {}  # at: the next byte, after the protocol's two
-        self.budget = (64 << 20) + 24 * len(data)  # bytes of memory: plain data needs less, a bomb far more
-
-    def fail(self, found, expected=FOREIGN):
-        raise DataError(f"{self.path} {found} at byte {self.at:,} of {len(self.data):,}; {expected}") from None
-
-    def need(self, fact, otherwise):
-        if not fact:
-            self.fail(otherwise)
+    def __init__(self, data: mmap.mmap):
+        self.data, self.memo, self.stacks = data, {}, [[]]      # each mark begins another stack
+        self.budget = (32 << 20) + 24 * len(data)               # bytes of memory: plain data needs less
 
     def spend(self, cost):
         self.budget -= cost
-        self.need(self.budget >= 0, "would take far more memory than its size")
+        if self.budget < 0:
+            raise DataError("would take far more memory than its size")
 
-    def take(self, n):
-        """The next n bytes, which must be there, as a view."""
-        start, left = self.at, len(self.data) - self.at
-        if n > left:
-            self.fail(f"needs {n:,} more bytes and has {left:,}", DAMAGED)
-        self.at += n
-        return self.view[start:self.at]
-
-    def pop(self, n=None):
-        """The last n objects of the stack, or all since the last mark."""
-        start = self.marks.pop() if n is None else len(self.stack) - n
-        if start < (self.marks[-1] if self.marks else 0):
-            raise IndexError
-        items = self.stack[start:]
-        del self.stack[start:]
-        return items
-
-    def instructions(self):
-        while op := self.data[self.at:self.at + 1]:
-            self.at += 1
-            form = OPERAND.get(op)
-            yield op, form and form.unpack(self.take(form.size))[0]
-        self.fail("breaks off", DAMAGED)
+    def take(self, op) -> list:
+        """The objects that an instruction takes from the stack: so many, or also all since the last mark."""
+        n, items = len(op.stack_before), []
+        if pickletools.stackslice in op.stack_before:
+            n, items = n - 2, self.stacks.pop()
+        return [self.stacks[-1].pop() for _ in range(n)][::-1] + items
 
     def run(self):
         """Follows the instructions to the last and returns the one object that they leave on the stack."""
-        stack, memo, push = self.stack, self.memo, self.stack.append
-        for op, n in self.instructions():
-            if op in b"\x94qr()\x85\x86\x87t]}R":  # these make an object or keep one
-                self.spend(OBJECT)
-            match op:
-                case b"\x94" | b"q" | b"r":  # into the memo, a dict: slot 2**31 - 1 costs no more than slot 0
-                    n = len(memo) if n is None else n
-                    memo[n] = stack[-1]
-                    if type(stack[-1]) is Unfinished:
-                        stack[-1].slot = n
-                case b"h" | b"j":  # from the memo
-                    push(memo[n])
-                case b"K" | b"M" | b"J" | b"G":  # an integer of 1, 2 or 4 bytes, a float64
-                    push(n)
-                case b"(":
-                    self.marks.append(len(stack))
-                case b")" | b"\x85" | b"\x86" | b"\x87" | b"t":  # a tuple of 0, 1, 2, 3 or all objects since the mark
-                    push(tuple(self.pop(None if op == b"t" else b")\x85\x86\x87".index(op))))
-                case b"X" | b"\x8c" | b"\x8d":
-                    push(str(self.take(n), "utf-8"))
-                case b"C" | b"B" | b"\x8e" | b"\x96":  # up to 255 bytes (copied), more, a bytearray (views of the file)
-                    push(bytes(self.take(n)) if op == b"C" else self.take(n))
-                case b"R":  # call a function, which can only be one of NAMES: nothing else brings one here
-                    function, args = self.pop(2)
-                    self.need(type(function) is FunctionType and type(args) is tuple, "calls what is not a name")
-                    push(function(self, *args))
-                case b"b":
-                    self.build(*self.pop(1))
-                case b"N" | b"\x88" | b"\x89":
-                    push(CONSTANT[op])
-                case b"]" | b"}":
-                    push([] if op == b"]" else {})
-                case b"a" | b"e":  # one object, or all since the mark, into the list below
-                    items = self.pop(1 if op == b"a" else None)
-                    stack[-1].extend(items)
-                case b"s" | b"u":  # one key and value, or all since the mark, into the dict below
-                    items = self.pop(2 if op == b"s" else None)
-                    # Keys of other types could be chosen to collide, which makes a dict quadratic.
-                    self.need({str}.issuperset(map(type, items[::2])), "has a dict whose keys are not all text")
-                    stack[-1].update(zip(items[::2], items[1::2], strict=True))
-                case b"\x8a" if n <= 8:  # an integer of n bytes
-                    push(int.from_bytes(self.take(n), "little", signed=True))
-                case b"c":  # a name, as two lines
-                    module, name = bytes(self.view[self.at:self.at + 200]).split(b"\n")[:2]
-                    self.take(len(module) + len(name) + 2)
-                    push(self.find(module.decode(), name.decode()))
-                case b"\x93":  # a name, as two texts
-                    push(self.find(*self.pop(2)))
-                case b"\x95":  # a frame of n bytes: of use only to readers of streams
-                    self.take(n)
-                    self.at -= n
-                case b".":
-                    if self.at < len(self.data) or len(stack) != 1 or self.marks:
-                        self.fail(f"stops with {len(stack)} objects", DAMAGED)
-                    return self.check(stack[0])
+        data, memo = self.data, self.memo
+        if not re.match(rb"\x80[\x02-\x05]", data):
+            raise DataError(f"starts with {data[:64].lstrip()[:24]!r}")
+        while (op := OPCODES[data.read_byte()]).name != "STOP":
+            if op.arg is None and op.name not in CONSTANTS:
+                self.spend(64)              # about what a container or a memo entry takes; in the file, one byte
+            items = self.take(op) if op.stack_before else []
+            push = self.stacks[-1].append
+            match op.name:
+                case "BINGET" | "LONG_BINGET":
+                    found = memo[op.arg.reader(data)]
+                    push(getattr(found, "made", found))
+                case "MEMOIZE" | "BINPUT" | "LONG_BINPUT":
+                    self.stacks[-1] += items                    # what MEMOIZE took
+                    slot = op.arg.reader(data) if op.arg else len(memo)
+                    memo[slot] = self.stacks[-1][-1]
+                case "MARK":
+                    self.stacks.append([])
+                case name if name in LENGTH:
+                    n = int.from_bytes(data.read(LENGTH[name]), "little")
+                    data.seek(n, os.SEEK_CUR)       # raises beyond the end
+                    raw = memoryview(data)[data.tell() - n:data.tell()]
+                    push(str(raw, "utf-8") if "UNICODE" in name else raw)
+                case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT" | "SHORT_BINBYTES":
+                    push(op.arg.reader(data))
+                case "NONE" | "NEWTRUE" | "NEWFALSE":
+                    push(CONSTANTS[op.name])
+                case "EMPTY_LIST" | "EMPTY_DICT" | "EMPTY_TUPLE" | "TUPLE1" | "TUPLE2" | "TUPLE3" | "TUPLE":
+                    push(op.stack_after[0].obtype(items))       # list, dict or tuple
+                case "APPEND" | "APPENDS":
+                    push(items[0])
+                    items[0].extend(items[1:])
+                case "SETITEM" | "SETITEMS":
+                    if not {str}.issuperset(map(type, items[1::2])):    # others could be chosen to collide
+                        raise DataError("has a dict whose keys are not all text")
+                    push(items[0])
+                    items[0].update(zip(items[1::2], items[2::2], strict=True))
+                case "GLOBAL":
+                    push(Named(op.arg.reader(data).replace(" ", ".")))
+                case "STACK_GLOBAL":
+                    push(Named(".".join(items)))
+                case "REDUCE" | "BUILD":
+                    push(self.make(*items))
+                case "PROTO" | "FRAME":     # of use only to readers of streams
+                    op.arg.reader(data)
                 case _:
-                    self.fail(f"has the instruction {REFUSED.get(op[0], op)}")
+                    names = [x.text for x in items if type(x) is Named]
+                    raise DataError(f"has the instruction {op.name} {ascii(names)}")
+        [[root]] = self.stacks              # one object, or it raises
+        if data.tell() < len(data):
+            raise ValueError("more follows the pickle")
+        return self.check(root)
 
-    def find(self, module, name):
-        self.need(type(module) is type(name) is str, "has a name that is not text")  # and may be too deep to hash
-        if (module, name) not in NAMES:
-            self.fail(f"names {ascii(f'{module}.{name}'[:99])[1:-1]}, which is not plain data,")
-        return NAMES[module, name]
+    def make(self, named, args):
+        """What numpy would make of a call or of a description, but for a file that says "2 GiB" and has 8 bytes."""
+        match named.text.replace("numpy._core.", "numpy.core."), args:      # numpy 2 and 1
+            case "numpy.core.multiarray._reconstruct", (Named("numpy.ndarray"), (0,), _):
+                return Named("array")
+            case "array", (_, shape, dtype, fortran, raw):
+                named.made = self.array(raw, dtype, shape, fortran)
+                return named.made
+            case "numpy.core.numeric._frombuffer", (raw, dtype, shape, order, *axes):
+                return self.array(raw, dtype, shape, order == "F", *axes)
+            case "numpy.core.multiarray.scalar", (dtype, raw):
+                return self.array(raw, dtype, (), False).item()
+            case "numpy.dtype", (str(code), _, _):
+                return Named(code)
+            case code, (3, "<" | ">" | "|" as order, None, None, None, _, _, _) if DTYPE.fullmatch(code):
+                named.made = np.dtype(code).newbyteorder(order)
+                return named.made
+            case "_codecs.encode", (str(text), "latin1"):       # how protocol 2 writes bytes
+                self.spend(len(text))
+                return text.encode("latin1")
+            case "__builtin__.bytes", ():
+                return b""
+        raise DataError(f"names {ascii(named.text)}, which is not plain data")
 
-    # What the names stand for. numpy's own functions would believe a file that says "2 GiB" or "a field at offset -8".
+    def array(self, raw, dtype, shape, fortran, axes=None):
+        self.spend(8 * len(raw))
+        if dtype.hasobject:     # a list in C order, whatever the array's order
+            return np.fromiter(raw, dtype, len(raw)).reshape(shape).tolist()
+        if dtype.kind == "U":   # raises if it is no text
+            str(raw, "utf-32-be" if dtype.str[0] == ">" else "utf-32-le")
+        array = np.frombuffer(raw, dtype).reshape(shape, order="F" if fortran else "C")
+        return array if axes is None else array.transpose(axes)
 
-    def encode(self, text, how):  # protocol 2 writes b"\xe9" as encode("\u00e9", "latin1")
-        self.need(how == "latin1", "has bytes in an unusual form")
-        self.spend(len(text))
-        return text.encode("latin1")
-
-    def dtype(self, code, align, copy):  # no *args in these: a long tuple, unpacked by many calls, would take for ever
-        self.need(DTYPE.fullmatch(code), "has an array of another dtype than bool, int, float or text")
-        return Unfinished(code)
-
-    def reconstruct(self, kind, shape, _):
-        self.need(kind is np.ndarray and shape == (0,), "has an unusual kind of array")
-        return Unfinished(None)
-
-    def build(self, state):
-        unfinished = self.stack[-1]
-        if unfinished.code is None:
-            _, shape, dtype, fortran, data = state
-            made = self.frombuffer(data, dtype, shape, "F" if fortran else "C")
-        else:
-            version, order, subarray, names, fields, _, _, _ = state
-            self.need(version == 3 and order in ("<", ">", "|") and subarray is names is fields is None,
-                      "has an array of a structured dtype")
-            made = np.dtype(unfinished.code).newbyteorder(order)
-        self.stack[-1] = made
-        if unfinished.slot is not None:
-            self.memo[unfinished.slot] = made
-
-    def frombuffer(self, data, dtype, shape, order, axes=None):
-        """The array in `data`, which must be just as many bytes, or objects, as shape and dtype say."""
-        objects = dtype.kind == "O"
-        self.need(type(data) is list if objects else type(data) in (bytes, memoryview), "has an array without data")
-        self.need(type(shape) is tuple and len(shape) <= 32 and all(type(n) is int and n >= 0 for n in shape),
-                  "has an array whose shape is not a few counts")
-        size = math.prod(shape) * (1 if objects else dtype.itemsize)
-        if len(data) != size:
-            self.fail(f"has {len(data):,} bytes or objects for an array that takes {size:,}", DAMAGED)
-        self.spend(8 * size if objects else size)
-        if objects:
-            self.need(SCALARS.issuperset(map(type, data)), "has an array of things that are not text or numbers")
-            array = np.empty(size, dtype)
-            array[:] = data
-            return array.reshape(shape)  # numpy lists objects in C order, whatever the array's order
-        if dtype.kind == "U":
-            str(data, "utf-32-be" if dtype.str[0] == ">" else "utf-32-le")  # raises where a text is no text
-        array = np.ndarray(shape, dtype, data, order="C" if order == "K" else order)
-        return array if axes is None else array.transpose(axes)  # K: C order, then the axes change places
-
-    def scalar(self, dtype, data):
-        return self.frombuffer(data, dtype, (), "C").item()
-
-    def check(self, root):
-        """Returns root: nothing unfinished or cyclic, nor parts shared so often that a walk over all would not end."""
-        level = [root]
-        for _ in range(DEPTH):
-            self.need(PLAIN.issuperset(map(type, level)), "has a name or half an array in the place of data")
-            inner = [x.values() if type(x) is dict else x for x in level if type(x) in (list, tuple, dict)]
-            self.spend(16 * sum(map(len, inner)))  # before the next level is laid out
-            level = list(chain.from_iterable(inner))
-        self.need(not level, f"has containers more than {DEPTH} deep")
-        return root
-
-
-NAMES = {("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): PickleMachine.dtype,
-         ("_codecs", "encode"): PickleMachine.encode, ("__builtin__", "bytes"): lambda machine: b""}  # protocol 2's b""
-for core in ("numpy.core", "numpy._core"):  # numpy 1 and 2
-    NAMES |= {(f"{core}.multiarray", "_reconstruct"): PickleMachine.reconstruct,
-              (f"{core}.multiarray", "scalar"): PickleMachine.scalar,
-              (f"{core}.numeric", "_frombuffer"): PickleMachine.frombuffer}
+    def check(self, x, depth=16):
+        """Nothing unfinished or cyclic is left, nor parts shared so often that a walk over all would not end."""
+        self.spend(16)
+        if type(x) not in PLAIN:
+            raise DataError("has a name or half an array in the place of data")
+        if depth == 0:
+            raise DataError("has containers more than 16 deep")
+        if type(x) in (dict, list, tuple):
+            for part in x.values() if type(x) is dict else x:
+                self.check(part, depth - 1)
+        return x
 
 
 # ------------------------------------------------------------------------------------------------------------
