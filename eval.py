@@ -47,7 +47,7 @@ def parse_answer(text: str, task: Task, official: bool = False) -> float | None:
         except ValueError:
             return 0.0
     number = re.fullmatch(CLASS if task.labels else INTENSITY, text.strip())
-    return float(text) if number else None
+    return float(number[0]) if number else None
 
 
 def in_range(value: float, task: Task) -> bool:
@@ -659,11 +659,13 @@ def main():
     llm = load_llm(path, device, dtype)
     net = load_adapter(args.run / "adapter.safetensors", llm, tokenizer, task, settings["official"])
     if args.ask is not None:
-        return print(ask(net, args.ask))
+        print(ask(net, args.ask))
+        return
     if args.text is not None:
         paths = {"audio": args.audio, "video": args.video}
         found = clip(net, args.text, paths, read_json(args.run / "features.json"))
-        return print(json.dumps(found, ensure_ascii=False, indent=1) if args.json else clip_text(found))
+        print(json.dumps(found, ensure_ascii=False, indent=1) if args.json else clip_text(found))
+        return
     split = load_split(task, args.data_dir or settings["data_dir"] or HERE / task.home, args.split)
     if args.check_backbone:
         batch = collate(split, range(min(settings["eval_batch"], len(split))))

@@ -17,7 +17,6 @@ from eval import evaluate, label_logprobs, moments, score, score_labels, variant
 from model import load_llm
 
 TEXTS = ["Oh!", "", "I can't believe it: she left me. Again!", "好吧"]
-FAMILIES = ("llama", "qwen", "qwen2", "chatglm")
 
 
 def rows(task, texts=TEXTS) -> Split:
@@ -50,8 +49,9 @@ def brute_force(net, batch):
     return scores.softmax(dim=-1)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("task, official", [("meld", False), ("mosei", False), ("simsv2", True)])
+@pytest.mark.parametrize("family, task, official", [
+    ("llama", "meld", False), ("llama", "simsv2", True), ("qwen", "mosei", False), ("qwen2", "cherma", True),
+    ("chatglm", "mosei", False)])
 def test_label_probabilities_equal_brute_force(tiny, family, task, official):
     net = make(tiny[family], task, official)
     batch = collate(rows(net.task), range(4))
@@ -59,15 +59,6 @@ def test_label_probabilities_equal_brute_force(tiny, family, task, official):
     close(ours, brute_force(net, batch))
     close(ours.sum(dim=1), torch.ones(4))
     assert ours.shape == (4, len(net.task.values())) and ours.std(dim=0).max() > 1e-3
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_label_probabilities_do_not_depend_on_the_batch(tiny, family):
-    net = make(tiny[family], "mosei")
-    split = rows(net.task)
-    together = label_logprobs(net, collate(split, range(4)))
-    for i in range(4):
-        close(label_logprobs(net, collate(split, [i]))[0], together[i], 1e-4)
 
 
 @pytest.mark.parametrize("family, task", [
@@ -81,7 +72,7 @@ def test_label_scoring_always_answers(tiny, family, task):
     assert set(mode.pred) <= set(legal) and np.isfinite(list(mode.scores.values())[0])
     for i in range(4):                                                  # in the split's order
         p = label_logprobs(net, collate(split, [i])).exp()[0].double().numpy()
-        close(torch.tensor(mean.probabilities[i]), torch.tensor(p))
+        close(torch.tensor(mean.probabilities[i]), torch.tensor(p))      # whatever the batch
         assert mode.pred[i] == legal[p.argmax()] == float(mode.answers[i])
         assert greedy.answers[i] == net.answer(collate(split, [i]))[0]
         assert mean.pred[i] == (mode.pred[i] if net.task.labels else pytest.approx(p @ np.array(legal), abs=1e-5))
