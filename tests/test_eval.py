@@ -401,6 +401,16 @@ def test_one_clip(run, demo, monkeypatch, capsys):
     assert "audio: 1 of 6 features are far outside the training data; feature 2 is 500 to 500, there -" in text
 
 
+def test_far_outside_is_by_more_than_the_whole_range():
+    two = [np.array([[0.0, 5.0], [1.0, 5.5]]), np.array([[0.5, 4.0], [90.0, 90.0]])]
+    split = Split(["a", "b"], two, [2, 1], two, [0, 0], [0, 0], ["a", "b"])
+    ranges = eval.feature_range(split)                                  # of real frames
+    assert ranges == {"audio": [[0.0, 4.0], [1.0, 5.5]]}
+    assert eval.oddities(np.array([[1.9, 6.9], [-0.9, 2.6]]), "audio", ranges) == []
+    for odd in (2.1, -1.1):
+        assert eval.oddities(np.array([[odd, 5.0], [0.0, 5.0]]), "audio", ranges)[0].startswith("audio: 1 of 2 features")
+
+
 def test_clip_of_an_intensity(tiny, tmp_path):
     net = make(tiny["chatglm"], "simsv2")
     np.save(tmp_path / "v.npy", np.ones((2, 6), np.float32))
