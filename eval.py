@@ -1,15 +1,10 @@
 """What a trained adapter answers, what that scores, and what the modalities are worth.
 
-    python eval.py RUN                      score a run's test split: greedy answers, the paper's, and label scoring
+    python eval.py RUN                      score a run's test split: greedy answers, and label scoring
     python eval.py RUN --ablate             drop or shuffle audio and video, empty the text
     python eval.py RUN --text "Oh, great." --audio a.npy --video v.npy      one clip; --json for programs
     python eval.py RUN --ask "Once upon"    the frozen backbone's plain text
     python eval.py RUN --check-backbone     its logits with and without the adapter, bit by bit
-
-    parse_answer, METRICS, bootstrap        text -> number -> every task's scores, with intervals
-    evaluate, label_logprobs, score         a split's answers, the labels' probabilities, what they score
-    write_results                           metrics.json and predictions.csv
-    ablate, clip, check_backbone            the other commands
 """
 import argparse
 import csv
@@ -19,8 +14,9 @@ import re
 import sys
 import unicodedata
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
+from math import nan
 from pathlib import Path
 
 import numpy as np
@@ -29,114 +25,102 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from adapter import MultimodalLLM, load_adapter
-from data import FEATURES, HERE, TASKS, Split, Task, clean, collate, find_llm, load_split, load_tokenizer
-from model import load_llm, write_atomic
+from data import FEATURES, HERE, SPLITS, TASKS, Split, Task
+from data import clean, collate, find_llm, load_split, load_tokenizer, special_ids
+from model import load_llm, read_json, write_atomic
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Answers: the LLM's text -> a number, or None
 
-CLASS, INTENSITY = re.compile(r"[0-9]+"), re.compile(r"[+-]?[0-9]+(\.[0-9]+)?")   # [0-9], as \d would take "٣"
-OFFICIAL = str.maketrans("–一", "--", "：:/(")             # as the release's Textmodel.py: two become "-", four go
+CLASS, INTENSITY = r"[0-9]+", r"[+-]?[0-9]+(\.[0-9]+)?"         # not \d, which takes "٣" too
+OFFICIAL = str.maketrans("–一", "--", "：:/(")                  # the release's: two become "-", four go
 
 
-def parse_answer(text: str, task, official: bool = False) -> float | None:
-    """The number that an answer is, in the task's range or not; None where it is anything but one plain number.
+def parse_answer(text: str, task: Task, official: bool = False) -> float | None:
+    """The number that an answer is, in the task's range or not; None where it is anything but one number.
 
-    Classes: digits only. Intensities: sign if any, digits, fraction if any ("+0.4", "-1"; not ".5", not "1e0").
-    official: the release's rule, a bare float(), for intensities after its replacements, and 0.0 where that fails.
+    Classes: digits only. Intensities: sign if any, digits, fraction if any ("+0.4", "-1"; not ".5", "1e0").
+    official: as in the release, float(), for intensities after its replacements; 0.0 where that fails.
     """
     if official:
         try:
             return float(text if task.labels else text.translate(OFFICIAL))
         except ValueError:
             return 0.0
-    text = text.strip()
-    return float(text) if (CLASS if task.labels else INTENSITY).fullmatch(text) else None
+    number = re.fullmatch(CLASS if task.labels else INTENSITY, text.strip())
+    return float(number[0]) if number else None
 
 
-def in_range(value: float, task) -> bool:
+def in_range(value: float, task: Task) -> bool:
     """Whether a parsed answer is one of the task's classes, or an intensity within its range."""
-    return value in range(len(task.labels)) if task.labels else task.range[0] <= value <= task.range[1]
+    return value in task.values() if task.labels else task.range[0] <= value <= task.range[1]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Metrics: (pred, true) -> {name: value}. A prediction that is None, nan or no class at all is wrong in every class.
-
-class Undefined(float):
-    """A nan that knows why: Undefined("predictions are constant").why"""
-    def __new__(cls, why: str):
-        value = super().__new__(cls, "nan")
-        value.why = why
-        return value
-
-
-def reasons(scores: dict[str, float]) -> dict[str, str]:
-    """{name: why it is nan} of the scores that are undefined."""
-    return {name: score.why for name, score in scores.items() if isinstance(score, Undefined)}
+# ------------------------------------------------------------------------------------------------------------
+# Metrics: (pred, true) -> {name: value}. A prediction that is None, nan or no class is wrong in each class.
 
 
 def confusion(pred, true, n: int) -> np.ndarray:
-    """(n, n + 1) counts: row the true class, column the predicted one, the last column the answers that are none."""
+    """(n, n + 1) counts: row the true class, column the predicted one, the last one for no class at all."""
     pred, true = np.asarray(pred, float), np.asarray(true, int)
     assert pred.shape == true.shape, f"{pred.shape} predictions for {true.shape} true classes"
-    assert not true.size or 0 <= true.min() <= true.max() < n, f"a true class is not one of 0..{n - 1}"
+    assert ((0 <= true) & (true < n)).all(), f"a true class is not one of 0..{n - 1}"
     column = np.where(np.isin(pred, np.arange(n)), pred, n).astype(int)
     return np.bincount(true * (n + 1) + column, minlength=n * (n + 1)).reshape(n, n + 1)
 
 
-def per_class(pred, true, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """(precision, recall, F1, support) of each class 0..n-1: hits / predicted, hits / true,
-    2 hits / (predicted + true), true; 0 where that divides by nothing, as in scikit-learn."""
-    counts = confusion(pred, true, n)
-    hits, predicted, support = counts.diagonal(), counts[:, :n].sum(0), counts.sum(1)
-    precision, recall = hits / np.maximum(predicted, 1), hits / np.maximum(support, 1)
-    return precision, recall, 2 * hits / np.maximum(predicted + support, 1), support
+def per_class(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Of each class in `counts`, as in scikit-learn: precision = hits / predicted, recall = hits / true,
+    F1 = 2 hits / (predicted + true), 0 where that is 0 / 0, and support = true."""
+    hits, predicted, true = counts.diagonal(), counts[:, :-1].sum(axis=0), counts.sum(axis=1)
+    f1 = 2 * hits / np.maximum(predicted + true, 1)
+    return hits / np.maximum(predicted, 1), hits / np.maximum(true, 1), f1, true
 
 
-def _accuracy_f1(pred, true, empty: str = "no rows") -> tuple[float, float]:
-    if not len(true):
-        return Undefined(empty), Undefined(empty)
-    _, _, f1, support = per_class(pred, true, int(np.max(true)) + 1)    # classes above that are never true: weight 0
-    return float(np.mean(np.asarray(pred, float) == true)), float(f1 @ support / len(true))
+def accuracy_f1(pred, true) -> tuple[float, float]:
+    """The share of rows with pred = true, and the mean of the classes' F1 by their support."""
+    if len(true) == 0:
+        return nan, nan
+    counts = confusion(pred, true, int(np.max(true)) + 1)       # a class above is never true: its weight is 0
+    _, _, f1, support = per_class(counts)
+    return float(counts.trace() / len(true)), float(f1 @ support / len(true))
 
 
-def _mae_corr_r2(pred: np.ndarray, true: np.ndarray) -> tuple[float, float, float]:
-    """Each one, or the first of its reasons that holds (a nan is truthy, so `or` keeps it)."""
-    def undefined(*reasons):
-        return next((Undefined(why) for holds, why in reasons if holds), None)
-    unread = (not len(true), "no rows"), (np.isnan(pred).any(), "a prediction is no number")
-    infinite = np.isinf(pred).any(), "a prediction is infinite"
-    constant = (len(true) == 1, "only one row"), ((true == true[:1]).all(), "true values are constant")
-    same = (pred == pred[:1]).all(), "predictions are constant"
-    mae = undefined(*unread) or float(np.abs(pred - true).mean())
-    corr = undefined(*unread, infinite, *constant, same) or float(np.corrcoef(pred, true)[0, 1])
-    r2 = undefined(*unread, *constant) or float(1 - ((true - pred) ** 2).mean() / true.var())
-    return mae, corr, r2
+def mae_corr_r2(pred: np.ndarray, true: np.ndarray) -> tuple[float, float, float]:
+    """mean |pred - true|; Pearson's r; 1 - mean (true - pred)^2 / variance of true."""
+    if len(true) == 0 or np.isnan(pred).any():
+        return nan, nan, nan
+    mae = float(np.abs(pred - true).mean())
+    if (true == true[0]).all():
+        return mae, nan, nan
+    r2 = float(1 - ((true - pred) ** 2).mean() / true.var())
+    if np.isinf(pred).any() or (pred == pred[0]).all():
+        return mae, nan, r2
+    return mae, float(np.corrcoef(pred, true)[0, 1]), r2
 
 
-def _intensities(pred, true) -> np.ndarray:
-    """(2, rows), pred and true as float64 once rounded to float32, as the release compares; edges are rounded alike, so
-    that a true 0.4 is on the edge 0.4 be it stored as float32, as float64 or as 0.4000000000000001."""
+def intensities(pred, true) -> np.ndarray:
+    """(2, rows), pred and true, rounded to float32 as the release compares. Edges are rounded alike: a true
+    0.4 is on the edge 0.4 be it stored as float32 or as 0.4000000000000001."""
     both = np.array([pred, true], float)
-    assert both.ndim == 2 and np.isfinite(both[1]).all(), f"{both.shape} intensities, or a true one is not finite"
-    with np.errstate(over="ignore"):                                    # an answer of 1e300 becomes inf
+    assert both.ndim == 2 and np.isfinite(both[1]).all(), f"{both.shape}: ragged, or a truth is not finite"
+    with np.errstate(over="ignore"):                            # an answer of 1e300 becomes inf
         return both.astype(np.float32).astype(float)
 
 
-def _bins(x: np.ndarray, edges: list[float], closed: str = "right") -> np.ndarray:
-    """The bin of each value, 0..len(edges); a value on an edge is in the bin whose closed side it is; nan is in -1."""
-    side = {"right": "left", "left": "right"}[closed]                   # searchsorted names where it would insert
-    return np.where(np.isnan(x), -1, np.searchsorted(np.float32(edges), x, side))
+def bins(x: np.ndarray, edges: list[float], right: bool = True) -> np.ndarray:
+    """The bin of each value, 0..len(edges), closed on the right or else on the left; nan is in none, -1."""
+    return np.where(np.isnan(x), -1, np.digitize(x, np.float32(edges), right))
 
 
-def _whole(x: np.ndarray, top: int) -> np.ndarray:
+def whole(x: np.ndarray, top: int) -> np.ndarray:
     """Values clipped to [-top, top] and rounded half to even, as classes 0..2 top."""
     return np.round(np.clip(x, -top, top)) + top
 
 
 def class_metrics(pred, true) -> dict[str, float]:
-    """Emotion classes. accuracy: share of rows with pred = true; weighted_f1: mean of the classes' F1 by support."""
-    accuracy, weighted_f1 = _accuracy_f1(pred, true)
+    """Emotion classes. accuracy: share of rows with pred = true; weighted_f1: mean of F1 by support."""
+    accuracy, weighted_f1 = accuracy_f1(pred, true)
     return dict(accuracy=accuracy, weighted_f1=weighted_f1)
 
 
@@ -145,13 +129,14 @@ def mosei_metrics(pred, true) -> dict[str, float]:
 
     has0_*: pred >= 0 against true >= 0, all rows; non0_*: pred > 0 against true > 0, rows with true != 0;
     acc5, acc7: equal after clipping to [-2, 2], [-3, 3] and rounding half to even;
-    mae: mean |pred - true|; corr: Pearson's r, both unclipped (but `score` clips answers before, unless official).
+    mae: mean |pred - true|; corr: Pearson's r, both unclipped (but `score` clips, unless official).
     """
-    both = _intensities(pred, true)
-    has0_acc2, has0_f1 = _accuracy_f1(*_bins(both, [0], closed="left"))
-    non0_acc2, non0_f1 = _accuracy_f1(*_bins(both[:, both[1] != 0], [0]), empty="no true value but 0")
-    (acc5, _), (acc7, _) = (_accuracy_f1(*_whole(both, top)) for top in (2, 3))
-    mae, corr, _ = _mae_corr_r2(*both)
+    both = intensities(pred, true)
+    has0_acc2, has0_f1 = accuracy_f1(*bins(both, [0], right=False))
+    non0_acc2, non0_f1 = accuracy_f1(*bins(both[:, both[1] != 0], [0]))
+    acc5, _ = accuracy_f1(*whole(both, 2))
+    acc7, _ = accuracy_f1(*whole(both, 3))
+    mae, corr, _ = mae_corr_r2(*both)
     return dict(has0_acc2=has0_acc2, has0_f1=has0_f1, non0_acc2=non0_acc2, non0_f1=non0_f1,
                 acc5=acc5, acc7=acc7, mae=mae, corr=corr)
 
@@ -160,76 +145,57 @@ SIMS_EDGES = [-0.7, -0.1, 0.1, 0.7]
 
 
 def simsv2_metrics(pred, true) -> dict[str, float]:
-    """CH-SIMS v2, intensities -1..1: both sides are clipped to that first, for mae, corr and r2 too; bins closed right.
+    """CH-SIMS v2, intensities -1..1: both sides are clipped to that first. Bins are closed on the right.
 
-    acc2, f1: cut at 0, with 0 negative, F1 weighted by support; weak_acc2: acc2 of the rows with |true| <= 0.4;
+    acc2, f1: cut at 0, with 0 negative, F1 weighted by support; weak_acc2: of the rows with |true| <= 0.4;
     acc3: cut at -0.1, 0.1; acc5: cut at -0.7, -0.1, 0.1, 0.7;
     mae: mean |pred - true|; corr: Pearson's r; r2: 1 - mean (true - pred)^2 / variance of true.
     """
-    both = np.clip(_intensities(pred, true), -1, 1)
-    weak = both[:, np.abs(both[1]) <= np.float32(0.4)]
-    acc2, f1 = _accuracy_f1(*_bins(both, [0]))
-    weak_acc2, _ = _accuracy_f1(*_bins(weak, [0]), empty="no true value within 0.4 of 0")
-    (acc3, _), (acc5, _) = (_accuracy_f1(*_bins(both, edges)) for edges in (SIMS_EDGES[1:3], SIMS_EDGES))
-    mae, corr, r2 = _mae_corr_r2(*both)
+    both = np.clip(intensities(pred, true), -1, 1)
+    acc2, f1 = accuracy_f1(*bins(both, [0]))
+    weak_acc2, _ = accuracy_f1(*bins(both[:, np.abs(both[1]) <= np.float32(0.4)], [0]))
+    acc3, _ = accuracy_f1(*bins(both, [-0.1, 0.1]))
+    acc5, _ = accuracy_f1(*bins(both, SIMS_EDGES))
+    mae, corr, r2 = mae_corr_r2(*both)
     return dict(acc2=acc2, f1=f1, weak_acc2=weak_acc2, acc3=acc3, acc5=acc5, mae=mae, corr=corr, r2=r2)
 
 
-METRICS = {"meld": class_metrics, "cherma": class_metrics, "demo": class_metrics,
-           "mosei": mosei_metrics, "mosi": mosei_metrics, "simsv2": simsv2_metrics}
+def metrics_of(task: Task):
+    """The task's metrics: for classes, for intensities within -1..1, or for larger ones."""
+    if task.labels:
+        return class_metrics
+    return simsv2_metrics if task.range[1] <= 1 else mosei_metrics
+
+
+METRICS = {name: metrics_of(task) for name, task in TASKS.items()}
+WHY_NAN = {"corr": "predictions or true values are constant or no numbers",
+           "r2": "true values are constant, or a prediction is no number",
+           "mae": "a prediction is no number", "weak_acc2": "no true value within 0.4 of 0",
+           "non0_acc2": "no true value but 0", "non0_f1": "no true value but 0"}
 
 
 def bootstrap(metric, pred, true, seed: int = 0, draws: int = 1000) -> dict[str, tuple[float, float]]:
-    """{name: (low, high)}: the 95 % percentile interval of each score of `metric`, over `draws` resamplings of the rows
-    with replacement; a draw in which a score is nan does not count for that score. `pred` may be (rows, k): a metric
-    that compares k systems gets the same rows of each."""
+    """{name: (low, high)}: the 95 % percentile interval of each score of `metric`, over `draws` resamplings
+    of the rows with replacement; a draw in which a score is nan does not count for that score. `pred` may be
+    (rows, k): a metric that compares k systems gets the same rows of each."""
     pred, true, rng = np.asarray(pred, float), np.asarray(true), np.random.default_rng(seed)
     assert len(pred) == len(true), f"{len(pred)} predictions for {len(true)} true values"
-    rows = (rng.integers(len(true), size=len(true)) for _ in range(draws))
-    scores = [metric(pred[r], true[r]) for r in rows]
-    intervals = {}
+    scores, intervals = [], {}
+    for _ in range(draws):
+        rows = rng.integers(len(true), size=len(true))
+        scores.append(metric(pred[rows], true[rows]))
     for name in scores[0]:
-        values = np.sort([s[name] for s in scores if not np.isnan(s[name])])
-        out = len(values) // 40                                         # so many draws, 2.5 %, lie beyond each end
-        intervals[name] = (float(values[out]), float(values[-1 - out])) if len(values) else (np.nan, np.nan)
+        values = sorted(draw[name] for draw in scores if not np.isnan(draw[name])) or [nan]
+        beyond = len(values) // 40                              # so many draws, 2.5 %, lie beyond each end
+        intervals[name] = values[beyond], values[-1 - beyond]
     return intervals
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tables as text
-
-def _width(text) -> int:
-    """Columns in a terminal, where a Chinese character takes two."""
-    return sum(1 + (unicodedata.east_asian_width(c) in "WF") for c in str(text))
-
-
-def aligned(lines) -> str:
-    """Lines of cells as text in columns, flush right."""
-    widths = [max(map(_width, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(" " * (width - _width(cell)) + str(cell) for cell, width in zip(line, widths)).rstrip()
-                     for line in lines)
-
-
-def confusion_table(matrix: np.ndarray, names) -> str:
-    """The counts of `confusion` with the classes' names, a line per true class; "none": answers that are no class."""
-    return aligned([["true \\ pred", *names, "none"]] + [[name, *row] for name, row in zip(names, matrix, strict=True)])
-
-
-def intensity_table(pred, true, lo: float, hi: float) -> str:
-    """Truth by prediction: clipped and rounded to whole numbers for -3..3, the five classes of CH-SIMS for -1..1."""
-    both = _intensities(pred, true)
-    if hi > 1:
-        bins, names = _whole(both, int(hi)), range(int(lo), int(hi) + 1)
-    else:
-        bins, names = _bins(both, SIMS_EDGES), ["[-1,-.7]", "(-.7,-.1]", "(-.1,.1]", "(.1,.7]", "(.7,1]"]
-    return confusion_table(confusion(*bins, len(names)), names)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Evaluation
 
-DECODE = ("greedy", "labels")           # what the LLM writes, as in the paper, or the legal labels' probabilities
-READOUT = ("mean", "mode")              # of those probabilities, for intensities; a class is always the most probable
+DECODE = ("greedy", "labels")           # what the LLM writes, as in the paper, or the labels' probabilities
+READOUT = ("mean", "mode")              # of those, for intensities; a class is always the most probable
 
 
 @dataclass
@@ -237,54 +203,81 @@ class Result:
     """A split's answers and what they score."""
     task: Task
     true: list
-    answers: list                   # texts, in the split's order
-    values: list                    # numbers as parsed, None where an answer did not parse
-    pred: np.ndarray                # numbers as scored
+    answers: list                       # texts, in the split's order
+    values: list                        # numbers as parsed, None where an answer did not parse
+    pred: np.ndarray                    # numbers as scored
     unparsed: int = 0
     out_of_range: int = 0
     probabilities: np.ndarray | None = None     # (rows, labels), if labels were scored
 
     @cached_property
     def scores(self) -> dict[str, float]:
-        return METRICS[self.task.name](self.pred, np.array(self.true))
+        return metrics_of(self.task)(self.pred, self.true)
 
     @cached_property
     def intervals(self) -> dict[str, tuple[float, float]]:
-        return bootstrap(METRICS[self.task.name], self.pred, self.true)
+        return bootstrap(metrics_of(self.task), self.pred, self.true)
 
     def line(self) -> str:
-        why, n = reasons(self.scores), len(self.true)
-        scores = [f"{name.replace('_', ' ')} {value:.4f}" + (f" ({why[name]})" if name in why else "")
-                  for name, value in self.scores.items()]
-        return f"{', '.join(scores)}, unparsed {self.unparsed}/{n}, out of range {self.out_of_range}/{n}"
+        n = len(self.true)
+        return f"{in_words(self.scores)}, unparsed {self.unparsed}/{n}, out of range {self.out_of_range}/{n}"
 
-    def tables(self) -> str:
-        """Classes: each one's precision, recall and F1, and the confusion matrix; intensities: truth by prediction."""
-        names = self.task.labels
-        if not names:
-            return intensity_table(self.values, self.true, *self.task.range)
-        columns = zip(names, *per_class(self.pred, self.true, len(names)))
-        lines = [[name, f"{p:.4f}", f"{r:.4f}", f"{f1:.4f}", support] for name, p, r, f1, support in columns]
-        return (aligned([["", "precision", "recall", "f1", "rows"], *lines]) + "\n\n"
-                + confusion_table(confusion(self.values, self.true, len(names)), names))
+    def table(self) -> str:
+        """Truth by prediction, intensities in whole numbers or the bins of acc5; of classes also their F1."""
+        names, both = self.task.labels, (self.values, self.true)
+        if metrics_of(self.task) is mosei_metrics:
+            names, both = range(-3, 4), whole(intensities(*both), 3)
+        elif not names:
+            names = ["[-1,-.7]", "(-.7,-.1]", "(-.1,.1]", "(.1,.7]", "(.7,1]"]
+            both = bins(intensities(*both), SIMS_EDGES)
+        counts = confusion(*both, len(names))
+        lines = [["true \\ pred", *names, "none"]]
+        lines += [[name, *row] for name, row in zip(names, counts)]
+        if self.task.labels:
+            lines[0] += ["precision", "recall", "f1"]
+            for line, precision, recall, f1, _ in zip(lines[1:], *per_class(counts)):
+                line += [f"{precision:.4f}", f"{recall:.4f}", f"{f1:.4f}"]
+        return aligned(lines)
+
+
+def in_words(scores: dict[str, float]) -> str:
+    words = []
+    for name, x in scores.items():
+        why = f" ({WHY_NAN.get(name, 'no rows')})" if np.isnan(x) else ""
+        words.append(f"{name.replace('_', ' ')} {x:.4f}{why}")
+    return ", ".join(words)
+
+
+def aligned(lines) -> str:
+    """Lines of cells as text in columns, flush right."""
+    def width(cell):                    # in a terminal, where a Chinese character takes two columns
+        return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in str(cell))
+
+    widths, text = [max(map(width, column)) for column in zip(*lines, strict=True)], []
+    for line in lines:
+        cells = [" " * (n - width(cell)) + str(cell) for n, cell in zip(widths, line)]
+        text.append("  ".join(cells).rstrip())
+    return "\n".join(text)
 
 
 def score(answers: list, true: list, task: Task, official: bool = False) -> Result:
-    """Parse and score. A class answer that did not parse or is no class is wrong; an intensity that did not parse is
-    taken for 0, one out of range for the range's end. official=True: every number as it reads, 0 where none does."""
+    """Parse and score. A class answer that did not parse or is no class is wrong; an intensity that did not
+    parse is taken for 0, one out of range for the range's end. official: each number as it reads, or 0."""
     values = [parse_answer(text, task, official) for text in answers]
     unparsed = sum(parse_answer(text, task) is None for text in answers)
-    out = sum(v is not None and not in_range(v, task) for v in values)
-    pred = np.array([(-1.0 if task.labels else 0.0) if v is None else v for v in values])
+    out_of_range = sum(value is not None and not in_range(value, task) for value in values)
+    instead = -1.0 if task.labels else 0.0
+    pred = np.array([instead if value is None else value for value in values])
     if not official and not task.labels:
         pred = pred.clip(*task.range)
-    return Result(task, true, answers, values, pred, unparsed, out)
+    return Result(task, true, answers, values, pred, unparsed, out_of_range)
 
 
 def score_labels(probabilities: np.ndarray, true: list, task: Task, readout: str = "mean") -> Result:
-    """Score what the probabilities (rows, labels) say: the most probable class; an intensity's mean, or its mode."""
-    mode = np.array(task.values())[probabilities.argmax(axis=1)]
-    pred = moments(probabilities, task)[0] if readout == "mean" and not task.labels else mode
+    """Score the probabilities (rows, labels): the most probable class; an intensity's mean or mode."""
+    pred = mode = np.array(task.values())[probabilities.argmax(axis=1)]
+    if readout == "mean" and not task.labels:
+        pred, _ = moments(probabilities, task)
     return Result(task, true, [str(x) for x in mode], pred.tolist(), pred, probabilities=probabilities)
 
 
@@ -324,7 +317,7 @@ def label_logprobs(net: MultimodalLLM, batch):
 
 
 def rows_by_length(net: MultimodalLLM, split: Split, size: int) -> list:
-    """Row numbers of each batch, sorted by the tokens of their texts: rows of like length need little padding."""
+    """Row numbers of each batch, sorted by the tokens of their texts: like lengths need little padding."""
     lengths = [len(net.tokenizer.encode(text)) for text in split.text]
     order = sorted(range(len(split)), key=lengths.__getitem__)
     return [order[i:i + size] for i in range(0, len(order), size)]
@@ -332,11 +325,12 @@ def rows_by_length(net: MultimodalLLM, split: Split, size: int) -> list:
 
 def evaluate(net: MultimodalLLM, split: Split, size: int, name: str = "", decode: str = "greedy",
              readout: str = "mean") -> Result:
-    """Answer and score a split, `size` rows at a time."""
+    """Answer and score a split, `size` rows at a time. name: of the progress bar."""
     outputs = [None] * len(split)
     for rows in tqdm(rows_by_length(net, split, size), name, leave=False, disable=None):
         batch = collate(split, rows)
-        for row, output in zip(rows, net.answer(batch) if decode == "greedy" else label_logprobs(net, batch)):
+        found = net.answer(batch) if decode == "greedy" else label_logprobs(net, batch)
+        for row, output in zip(rows, found):
             outputs[row] = output
     if decode == "greedy":
         return score(outputs, split.label, net.task, net.official)
@@ -346,127 +340,124 @@ def evaluate(net: MultimodalLLM, split: Split, size: int, name: str = "", decode
 def collapsed(result: Result, labels: list, task: Task) -> str:
     """A warning if the answers hardly differ, with what their one value alone would score; or "".
 
-    Classes: one of them, or what does not parse, is more than 95 % of the answers. Intensities: the predictions'
-    standard deviation is below 5 % of the labels'.
-    """
+    Classes: more than 95 % of the answers are the same one, or none. Intensities: the predictions' standard
+    deviation is below 5 % of the labels'."""
+    n = len(labels)
     if task.labels:
-        value, count = Counter(result.values).most_common(1)[0]
-        name = "unparsed" if value is None else task.labels[int(value)] if in_range(value, task) else value
-        hardly, constant = count > 0.95 * len(labels), -1 if value is None else value
-        found = f"{name!r} is {count} of {len(labels)} answers; that answer"
+        classes = [value if in_range(value, task) else -1 for value in result.values]
+        value, count = Counter(classes).most_common(1)[0]
+        name = "no class" if value == -1 else task.labels[int(value)]
+        hardly, found = count > 0.95 * n, f"{name!r} is {count} of {n} answers; that answer"
     else:
-        spread, wanted, constant = result.pred.std(), np.std(labels), result.pred.mean()
+        value, spread, wanted = result.pred.mean(), result.pred.std(), np.std(labels)
         hardly = spread < 0.05 * wanted
         found = f"the predictions' standard deviation is {spread:.3g}, the labels' {wanted:.3g}; their mean"
-    if not hardly:
-        return ""
-    alone = METRICS[task.name](np.full(len(labels), constant), np.array(labels))
-    return f"looks collapsed: {found} alone scores " + ", ".join(
-        f"{key.replace('_', ' ')} {v:.4f}" for key, v in alone.items())
+    alone = in_words(metrics_of(task)(np.full(n, value), labels))
+    return f"looks collapsed: {found} alone scores {alone}" if hardly else ""
 
 
 def side_by_side(results: dict[str, Result]) -> str:
     """A line per score, a column per way of decoding, each score with its 95 % interval."""
-    def cell(result, name):
-        if name in (why := reasons(result.scores)):
-            return f"nan: {why[name]}"
-        return "{:.4f} [{:.4f}, {:.4f}]".format(result.scores[name], *result.intervals[name])
-
-    lines = [["", *(f"{name} [95 % interval]" for name in results)]]
+    lines = [["", *(f"{decode} [95 % interval]" for decode in results)]]
     for name in next(iter(results.values())).scores:
-        lines.append([name.replace("_", " "), *(cell(result, name) for result in results.values())])
+        line = [name.replace("_", " ")]
+        for r in results.values():
+            low, high = r.intervals[name]
+            line.append(f"{r.scores[name]:.4f} [{low:.4f}, {high:.4f}]")
+        lines.append(line)
     lines.append(["unparsed", *(f"{r.unparsed}/{len(r.true)}" for r in results.values())])
     return aligned(lines)
 
 
 def write_results(folder, split: Split, results: dict[str, Result], ending: str = ""):
-    """Write metrics.json and predictions.csv into a folder; `ending` goes behind both names: metrics-valid.json."""
-    def plain(scores):                                                  # JSON knows no nan
-        return {name: [float(x) if np.isfinite(x) else None for x in np.atleast_1d(v)] for name, v in scores.items()}
+    """Write metrics.json and predictions.csv into a folder; `ending` goes behind both names."""
+    def plain(numbers):                                         # JSON knows no nan
+        return {name: x if np.isfinite(x).all() else None for name, x in numbers.items()}
 
     report = {"rows": len(split)}
     for decode, r in results.items():
-        names = r.task.labels
-        report[decode] = {
-            "scores": {name: value for name, (value,) in plain(r.scores).items()}, "intervals": plain(r.intervals),
-            "undefined": reasons(r.scores), "unparsed": r.unparsed, "out_of_range": r.out_of_range}
-        if names:
-            report[decode] |= {"confusion": confusion(r.values, r.true, len(names)).tolist(), "per_class": {
-                name: dict(zip(("precision", "recall", "f1", "rows"), (x.item() for x in row)))
-                for name, *row in zip(names, *per_class(r.pred, r.true, len(names)))}}
-    write_atomic(Path(folder) / f"metrics{ending}.json", json.dumps(report, indent=1, ensure_ascii=False).encode())
-    write_predictions(Path(folder) / f"predictions{ending}.csv", split, *results.values())
+        report[decode] = {"scores": plain(r.scores), "intervals": plain(r.intervals),
+                          "unparsed": r.unparsed, "out_of_range": r.out_of_range}
+        if r.task.labels:
+            counts = confusion(r.values, r.true, len(r.task.labels))
+            columns = [column.tolist() for column in per_class(counts)]
+            rows = [dict(zip(("precision", "recall", "f1", "rows"), row)) for row in zip(*columns)]
+            report[decode] |= {"confusion": counts.tolist(), "per_class": dict(zip(r.task.labels, rows))}
+    text = json.dumps(report, indent=1, ensure_ascii=False)
+    write_atomic(Path(folder) / f"metrics{ending}.json", text.encode())
+    write_predictions(Path(folder) / f"predictions{ending}.csv", split, list(results.values()))
 
 
-def write_predictions(path, split: Split, result: Result, *others: Result):
-    """One line per row: id, text, truth, answer, what it parsed as (empty if it did not) and, if one of the results has
-    probabilities, that of each class, or an intensity's mean and standard deviation."""
-    head, extra = ["id", "text", "truth", "answer", "parsed"], [[]] * len(split)
-    for r in (result, *others):
+def write_predictions(path, split: Split, results: list[Result]):
+    """One line per row: id, text, truth, the first result's answer, what it parsed as (empty if it did not)
+    and, if a result has probabilities, that of each class, or an intensity's mean and standard deviation."""
+    first = results[0]
+    parsed = ["" if value is None else f"{value:.6g}" for value in first.values]
+    head = ["id", "text", "truth", "answer", "parsed"]
+    columns = [split.id, split.text, split.label, first.answers, parsed]
+    for r in results:
         if r.probabilities is not None:
             head += [f"p({name})" for name in r.task.labels] or ["mean", "std"]
-            extra = r.probabilities if r.task.labels else moments(r.probabilities, r.task).T
-    table = io.StringIO()
-    writer = csv.writer(table)
-    writer.writerow(head)
-    for *row, value, numbers in zip(split.id, split.text, split.label, result.answers, result.values, extra):
-        writer.writerow([*row, "" if value is None else f"{value:.6g}", *(f"{x:.6f}" for x in numbers)])
-    write_atomic(path, table.getvalue().encode("utf-8-sig"))            # with a byte order mark, for spreadsheets
+            numbers = r.probabilities.T if r.task.labels else moments(r.probabilities, r.task)
+            columns += [map("{:.6f}".format, column) for column in numbers]
+    file = io.StringIO()
+    csv.writer(file).writerows([head, *zip(*columns)])
+    write_atomic(path, file.getvalue().encode("utf-8-sig"))     # a byte order mark, for spreadsheets
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # What the modalities are worth
 
 
-def without(split: Split, *modalities: str) -> Split:
-    """The split with these modalities ("audio", "video") missing: their length is 0 in every row."""
-    return replace(split, **{f"{m}_len": [0] * len(split) for m in modalities})
-
-
-def shuffled(split: Split, modality: str) -> Split:
-    """The split with one modality's features moved to other rows."""
-    order = np.random.RandomState(0).permutation(len(split))
-    return replace(split, **{key: [getattr(split, key)[i] for i in order] for key in (modality, f"{modality}_len")})
-
-
 def variants(split: Split) -> dict[str, Split]:
+    """The split as it is, with modalities missing, with one's features in other rows, and without text."""
+    order, none = np.random.RandomState(0).permutation(len(split)), [0] * len(split)
+
+    def moved(column):
+        return [column[i] for i in order]
+
     return {
-        "all": split, "without audio": without(split, "audio"), "without video": without(split, "video"),
-        "without audio and video": without(split, "audio", "video"),
-        "audio shuffled": shuffled(split, "audio"), "video shuffled": shuffled(split, "video"),
+        "all": split,
+        "without audio": replace(split, audio_len=none),
+        "without video": replace(split, video_len=none),
+        "without audio and video": replace(split, audio_len=none, video_len=none),
+        "audio shuffled": replace(split, audio=moved(split.audio), audio_len=moved(split.audio_len)),
+        "video shuffled": replace(split, video=moved(split.video), video_len=moved(split.video_len)),
         "text empty": replace(split, text=[""] * len(split))}
 
 
-def ablation(net: MultimodalLLM, split: Split, size: int, decode: str = "greedy", readout: str = "mean") -> list[str]:
+def ablation(net: MultimodalLLM, split: Split, size: int, decode: str = "greedy",
+             readout: str = "mean") -> list[str]:
     """One line per modality dropped from the same trained model, and for both."""
-    return [f"test {name}: {evaluate(net, part, size, name, decode, readout).line()}"
-            for name, part in variants(split).items() if name.startswith("without")]
+    parts = {name: part for name, part in variants(split).items() if name.startswith("without")}
+    results = {name: evaluate(net, part, size, name, decode, readout) for name, part in parts.items()}
+    return [f"test {name}: {result.line()}" for name, result in results.items()]
 
 
-def ablate(net: MultimodalLLM, split: Split, size: int, decode: str = "greedy", readout: str = "mean") -> str:
-    """A table of all variants: the first score and the one that selects, and their differences to `all`."""
-    results = {name: evaluate(net, part, size, name, decode, readout) for name, part in variants(split).items()}
-    metric, everything = METRICS[net.task.name], results["all"]
-    main = dict.fromkeys((next(iter(everything.scores)), net.task.select))
+def ablation_table(results: dict[str, Result]) -> str:
+    """Of each variant the first score and the one that selects, and their differences to `all`."""
+    everything = results["all"]
+    metric, names = metrics_of(everything.task), [next(iter(everything.scores)), everything.task.select]
 
     def difference(pred, true):
         before, after = metric(pred[:, 0], true), metric(pred[:, 1], true)
-        return {name: after[name] - before[name] for name in main}
+        return {name: after[name] - before[name] for name in names}
 
-    titles = [cell for name in main for cell in (name.replace("_", " "), "difference [95 % interval]")]
-    lines = [["", *titles, "unparsed"]]
+    lines = [[""]]
+    for name in names:
+        lines[0] += [name.replace("_", " "), "difference [95 % interval]"]
+    lines[0].append("unparsed")
     for variant, result in results.items():
-        both, cells = np.stack((everything.pred, result.pred), axis=1), []
-        intervals = bootstrap(difference, both, result.true)
-        for name, delta in difference(both, np.array(result.true)).items():
-            low, high = intervals[name]
-            change = f"{delta:+.4f} [{low:+.4f}, {high:+.4f}]" if result is not everything else ""
-            cells += [f"{result.scores[name]:.4f}", change]
-        lines.append([variant, *cells, f"{result.unparsed}/{len(result.true)}"])
+        intervals = bootstrap(difference, np.stack((everything.pred, result.pred), axis=1), result.true)
+        line = [variant]
+        for name, (low, high) in intervals.items():
+            change = result.scores[name] - everything.scores[name]
+            line += [f"{result.scores[name]:.4f}", f"{change:+.4f} [{low:+.4f}, {high:+.4f}]"]
+        lines.append([*line, f"{result.unparsed}/{len(result.true)}"])
     return aligned(lines)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # One clip
 
 
@@ -474,7 +465,8 @@ def feature_range(split: Split) -> dict[str, list]:
     """{"audio": [low, high], "video": ...}: each feature's least and largest value over all real frames."""
     ranges = {}
     for m in FEATURES:
-        ends = [(x.min(0), x.max(0)) for row in range(len(split)) if len(x := clean(split.features(m, row)))]
+        frames = (clean(split.features(m, row)) for row in range(len(split)))       # one row in memory
+        ends = [(x.min(axis=0), x.max(axis=0)) for x in frames if len(x) > 0]
         if ends:
             low, high = zip(*ends)
             ranges[m] = [np.min(low, axis=0).tolist(), np.max(high, axis=0).tolist()]
@@ -484,69 +476,74 @@ def feature_range(split: Split) -> dict[str, list]:
 def read_features(path, width: int) -> np.ndarray:
     """The numbers (frames, width) in a .npy file. Raises ValueError if it holds anything else."""
     try:
-        x = np.load(path, allow_pickle=False, mmap_mode="r")
+        x = np.lib.format.open_memmap(path, mode="r")
     except Exception as error:          # whatever a damaged or hostile file provokes, it was refused
         raise ValueError(f"{path}: not a .npy file of numbers ({error})") from None
-    shape, dtype = getattr(x, "shape", ()), getattr(x, "dtype", np.dtype(object))
-    if len(shape) != 2 or shape[0] == 0 or shape[1] != width or dtype.kind not in "fiub":
-        raise ValueError(f"{path}: holds {dtype} {shape}; expected numbers (frames, {width}), as in training")
+    if x.ndim != 2 or len(x) == 0 or x.shape[1] != width or x.dtype.kind not in "fiub":
+        raise ValueError(f"{path}: holds {x.dtype} {x.shape}; expected numbers (frames, {width})")
     return x
 
 
 def oddities(x: np.ndarray, modality: str, ranges: dict) -> list[str]:
-    """What is strange about a clip's features: values that are not finite or far outside those of training."""
-    bad, x = int((~np.isfinite(x)).sum()), clean(x)
-    notes = [f"{modality}: {bad} values are not finite and count as 0"] if bad else []
+    """What is strange about a clip's features: missing, not finite, or far outside those of training."""
+    if len(x) == 0:
+        return [f"{modality}: none given, taken as missing"]
+    notes, bad = [], np.count_nonzero(~np.isfinite(x))
+    if bad:
+        notes.append(f"{modality}: {bad} values are not finite and count as 0")
     if modality not in ranges:
         return [*notes, f"{modality}: not compared with the training data, whose range was not recorded"]
-    low, high = np.array(ranges[modality])
-    far = np.flatnonzero((np.maximum(low - x, x - high) > high - low).any(axis=0))      # by more than all of its range
-    return notes + [f"{modality}: {len(far)} of {len(low)} features are far outside the training data; feature {k} is "
-                    f"{x[:, k].min():.4g} to {x[:, k].max():.4g}, there {low[k]:.4g} to {high[k]:.4g}" for k in far[:1]]
+    x, (low, high) = clean(x), np.array(ranges[modality])
+    outside = np.maximum(low - x, x - high).max(axis=0)         # of each feature, by how much
+    far = np.flatnonzero(outside > high - low)                  # by more than all of its range
+    if len(far) > 0:
+        k = far[0]
+        notes.append(f"{modality}: {len(far)} of {len(low)} features are far outside the training data; "
+                     f"feature {k} is {x[:, k].min():.4g} to {x[:, k].max():.4g}, "
+                     f"there {low[k]:.4g} to {high[k]:.4g}")
+    return notes
 
 
 def clip(net: MultimodalLLM, text: str, paths: dict, ranges: dict) -> dict:
-    """Answer one clip, given as text and {modality: path of its features, or None}, and again without each part."""
-    notes, columns, task = [], [], net.task
-    names = list(task.labels) or [f"{y:+.1f}" for y in task.values()]
+    """Answer one clip, and again without each part. paths: {modality: .npy file, or None: missing}."""
+    task, columns, notes = net.task, {}, []
     for m in FEATURES:
         width = getattr(net.adapter.config, f"{m}_dim")
         x = read_features(paths[m], width) if paths[m] else np.zeros((0, width))
-        columns += [[x], [len(x)]]
-        notes += oddities(x, m, ranges) if paths[m] else [f"{m}: none given, taken as missing"]
-    row = Split([text], *columns, [task.values()[0]], ["clip"], unused=[])      # nobody looks at the label
-
-    if (n := len(net.tokenizer.encode(text))) > task.text_len:
-        notes.append(f"text: of {n} tokens the first {task.text_len} are read")
-
-    def read(row):
-        p = label_logprobs(net, collate(row, [0])).exp().double().cpu().numpy()
-        mean_std = {} if task.labels else dict(zip(("mean", "std"), moments(p, task)[:, 0].tolist()))
-        return {"label": names[p.argmax()], "probability": float(p.max()), **mean_std}, dict(zip(names, p[0].tolist()))
-
-    answer, p = read(row)
-    parts = {f"without {m}": without(row, m) for m in FEATURES if paths[m]} | {"without text": replace(row, text=[""])}
-    changes = {}
+        columns |= {m: [x], f"{m}_len": [len(x)]}
+        notes += oddities(x, m, ranges)
+    tokens = len(net.tokenizer.encode(text))
+    if tokens > task.text_len:
+        notes.append(f"text: of {tokens} tokens the first {task.text_len} are read")
+    row = Split([text], **columns, label=task.values()[:1], id=["clip"])      # nobody looks at the label
+    names, answers = list(task.labels) or [f"{y:+.1f}" for y in task.values()], {}
+    parts = {name: part for name, part in variants(row).items() if "shuffled" not in name}
     for name, part in parts.items():
-        other, q = read(part)
-        changes[name] = other | {"change": q[answer["label"]] - p[answer["label"]]}     # of the first answer
-    greedy, = net.answer(collate(row, [0]))
-    return {**answer, "greedy": greedy, "probabilities": p, "changes": changes, "notes": notes}
+        p = evaluate(net, part, 1, decode="labels").probabilities
+        answers[name] = {"label": names[p.argmax()], "probability": p.max()}
+        if not task.labels:
+            answers[name] |= zip(("mean", "std"), moments(p, task)[:, 0])
+        answers[name]["probabilities"] = dict(zip(names, p[0]))
+    found, greedy = answers.pop("all"), evaluate(net, row, 1).answers[0]
+    return {**found, "greedy": greedy, "changes": answers, "notes": notes}
 
 
 def clip_text(found: dict) -> str:
-    """What `clip` returns, for people."""
-    def short(answer):
-        numbers = [f"{key} {answer[key]:.3f}" for key in ("probability", "mean", "std") if key in answer]
-        return f"{answer['label']}, {', '.join(numbers)}"
+    """What `clip` returns, for people: a line per label, a column for the clip and one without each part."""
+    answers = [found, *found["changes"].values()]
+    lines = [["", "clip", *found["changes"]], ["answer", *(answer["label"] for answer in answers)]]
+    for name in found["probabilities"]:
+        row = [answer["probabilities"][name] for answer in answers]
+        if len(found["probabilities"]) < 10 or max(row) > 0.01:         # of 21 or 61 the likely ones
+            lines.append([name, *(f"{p:.3f}" for p in row)])
+    for key in ("mean", "std"):
+        if key in found:
+            lines.append([key, *(f"{answer[key]:.3f}" for answer in answers)])
+    notes = [f"greedy answer {found['greedy']!r}", *found["notes"]]
+    return "\n".join([aligned(lines), *notes])
 
-    bars = [[name, f"{p:.3f}", f"{'#' * round(50 * p):50}"] for name, p in found["probabilities"].items()]
-    return "\n".join([f"{short(found)}; greedy answer {found['greedy']!r}", aligned(bars),
-                      *(f"{name}: {short(answer)}; {found['label']} {answer['change']:+.3f}"
-                        for name, answer in found["changes"].items()), *found["notes"]])
 
-
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The backbone itself
 
 PROMPTS = ("Once upon a time", "The capital of France is", "1 + 1 =", "今天天气很好，")
@@ -554,95 +551,67 @@ PROMPTS = ("Once upon a time", "The capital of France is", "1 + 1 =", "今天天
 
 def embed_prompt(llm, tokenizer, task: Task, text: str):
     """A text behind the backbone's own first tokens, (1, T, C)."""
-    ids = [tokenizer.token_id(name) for name in task.wording(llm.config.family).bos] + tokenizer.encode(text)
-    return llm.embed(torch.tensor([ids], device=llm.embed.weight.device))
+    bos, _, _ = special_ids(task.wording(llm.config.family), tokenizer)
+    return llm.embed(torch.tensor([bos + tokenizer.encode(text)], device=llm.embed.weight.device))
 
 
 def ask(net: MultimodalLLM, text: str, new_tokens: int = 100) -> str:
     """How the frozen backbone goes on with a text, greedily; the adapter has no part in it."""
     x = embed_prompt(net.llm, net.tokenizer, net.task, text)
-    ids = net.llm.generate(x, max(1, min(new_tokens, net.llm.config.max_len - x.size(1))), eos_id=net.eos_id)
-    return net.tokenizer.decode(ids[0].tolist())
+    n = max(1, min(new_tokens, net.llm.config.max_len - x.size(1)))
+    return net.tokenizer.decode(net.llm.generate(x, n, eos_id=net.eos_id)[0].tolist())
 
 
 @torch.no_grad()
 def fingerprints(llm, tokenizer, task: Task) -> list:
     """The logits at every token of PROMPTS, and a checksum over the bits of every tensor."""
     prompts = [embed_prompt(llm, tokenizer, task, text) for text in PROMPTS]
-    return [llm.logits(llm(x)).cpu() for x in prompts] + [p.view(torch.int16).sum().cpu() for p in llm.parameters()]
+    logits = [llm.logits(llm(x)).cpu() for x in prompts]
+    return logits + [p.view(torch.int16).sum().cpu() for p in llm.parameters()]
 
 
 def check_backbone(net: MultimodalLLM, fresh: list, batch) -> str:
-    """Compare the backbone with `fresh`, the fingerprints of a copy that never saw an adapter, bit by bit: as it is,
-    after answering a batch and after a training step on it. Raises ValueError where one differs."""
-    def compare(when: str):
-        pairs = zip(fingerprints(net.llm, net.tokenizer, net.task), fresh, strict=True)
-        if wrong := sum(not torch.equal(now, before) for now, before in pairs):
-            raise ValueError(f"the backbone changed: {wrong} of {len(fresh)} fingerprints differ {when}")
-
-    compare("behind the adapter")
-    net.answer(batch), label_logprobs(net, batch)
-    compare("after answering")
+    """Answer a batch, take a training step on it, then compare the backbone bit by bit with `fresh`, the
+    fingerprints of a copy that never saw an adapter. Raises ValueError if they differ."""
+    net.answer(batch)
+    label_logprobs(net, batch)
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)            # the frozen ones too
     net.loss(batch).backward()
     optimizer.step()
-    compare("after a training step")
-    return (f"backbone unchanged: logits of {len(PROMPTS)} prompts and bits of {len(fresh) - len(PROMPTS)} tensors "
-            f"are a fresh copy's behind the adapter, after {len(batch.text)} answers and after a training step")
+    found = fingerprints(net.llm, net.tokenizer, net.task)
+    wrong = sum(not torch.equal(now, before) for now, before in zip(found, fresh, strict=True))
+    if wrong:
+        raise ValueError(f"the backbone changed: {wrong} of {len(fresh)} fingerprints are not a fresh copy's")
+    return (f"backbone unchanged: logits of {len(PROMPTS)} prompts and bits of {len(fresh) - len(PROMPTS)} "
+            f"tensors are a fresh copy's after {len(batch.text)} answers and a training step")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Command line
 
 
-def find_run(path) -> Path:
-    """A run's folder, or the one run in a folder of runs."""
-    path = Path(path)
-    found = [path] if (path / "settings.json").is_file() else sorted(p.parent for p in path.glob("*/settings.json"))
-    if len(found) == 1:
-        return found[0]
-    raise ValueError(f"{path}: {len(found) or 'no'} runs found; expected the folder of one run of train.py, "
-                     f"which holds settings.json{': ' + ', '.join(map(str, found)) if found else ''}")
-
-
-def read_json(file: Path, keys=()) -> dict:
-    """A file of a run, {} if there is none. Raises ValueError if it holds no JSON object or lacks one of `keys`."""
-    found = {}
-    if file.is_file():
-        try:
-            with open(file, "rb") as opened:
-                found = json.loads(opened.read(1 << 24))        # ours are shorter: what is longer is cut, thus refused
-            json.dumps(found, ensure_ascii=False).encode()      # refuses halves of characters, "\ud800"
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{file}: not valid JSON ({error}); train again with --overwrite") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{file}: holds a {type(found).__name__}, not an object; train again with --overwrite")
-    missing = [key for key in keys if key not in found]
-    if missing:
-        raise ValueError(f"{file}: has no {', '.join(missing)}; train again with --overwrite")
-    return found
 
 
 def score_split(net: MultimodalLLM, split: Split, run: Path, settings: dict, args):
-    """Print and write what a split scores: first as the run was selected, then the other way of decoding beside it."""
-    name, readout = args.split, args.readout or settings["readout"]
-    results = {decode: evaluate(net, split, settings["eval_batch"], f"{name}, {decode}", decode, readout)
-               for decode in sorted(DECODE, key=lambda d: d != settings["decode"]) if args.decode in (None, decode)}
-    (decode, result), *_ = results.items()
-    best = read_json(run / "results.json").get("best_epoch")
-    print(f"{name}{f' (best epoch {best})' if best else ''}: {result.line()}")
-    if warning := collapsed(result, split.label, net.task):
-        print(warning)
-    print(f"\n{side_by_side(results)}\n\n{decode}:\n{result.tables()}")
-    write_results(run, split, results, f"-{name}")      # the run's own record, without ending, stays as it is
-    print(f"\nwrote {run}/metrics-{name}.json and predictions-{name}.csv")
+    """Print and write what a split scores: first as the run was selected, then the other way of decoding."""
+    first, results = args.decode or settings["decode"], {}
+    for decode in sorted(DECODE, key=lambda decode: decode != first):
+        if args.decode in (None, decode):
+            name, readout = f"{args.split}, {decode}", args.readout or settings["readout"]
+            results[decode] = evaluate(net, split, settings["eval_batch"], name, decode, readout)
+    best = read_json(run / "results.json").get("best_epoch", "unknown")
+    print(f"{args.split} (best epoch {best}): {results[first].line()}")
+    print(collapsed(results[first], split.label, net.task))
+    print(f"{side_by_side(results)}\n\n{first}:\n{results[first].table()}\n")
+    write_results(run, split, results, f"-{args.split}")        # the run's own record, without ending, stays
+    print(f"wrote {run}/metrics-{args.split}.json and predictions-{args.split}.csv")
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", help="folder of a run of train.py")
-    parser.add_argument("--split", default="test", choices=("train", "valid", "test"), help="rows to score [test]")
+    parser.add_argument("run", type=Path, help="folder of a run of train.py")
+    parser.add_argument("--split", default="test", choices=SPLITS, help="rows to score [test]")
     parser.add_argument("--decode", choices=DECODE, help="how to answer [both, side by side]")
     parser.add_argument("--readout", choices=READOUT, help="an intensity by label scoring [the run's]")
     parser.add_argument("--ablate", action="store_true", help="what audio, video and text are worth")
@@ -651,47 +620,52 @@ def parse_args():
     parser.add_argument("--video", help="its video features")
     parser.add_argument("--json", action="store_true", help="print what is found of the clip as JSON")
     parser.add_argument("--ask", metavar="TEXT", help="what the frozen backbone goes on to write")
-    parser.add_argument("--check-backbone", action="store_true", help="compare it with a fresh copy, bit by bit")
+    parser.add_argument("--check-backbone", action="store_true", help="compare it with a fresh copy")
     parser.add_argument("--llm", help="where the backbone lies now, if it was moved")
     parser.add_argument("--data-dir", help="where the data lies now, if it was moved")
     parser.add_argument("--device", help="cpu, cuda, ... [the run's]")
     args = parser.parse_args()
     if args.text is None and (args.audio or args.video or args.json):
-        parser.error("--audio, --video and --json belong to --text: a clip needs its text, which may be empty")
+        parser.error("--audio, --video and --json belong to --text, which may be empty")
     return args
 
 
 def main():
     args = parse_args()
-    run = find_run(args.run)
-    settings = read_json(run / "settings.json", (
-        "data", "data_dir", "llm", "official", "decode", "readout", "eval_batch", "device", "dtype"))
-    device, task, dtype = args.device or settings["device"], TASKS[settings["data"]], getattr(torch, settings["dtype"])
+    file = args.run / "settings.json"
+    if not file.is_file():
+        raise ValueError(f"{file}: not there; expected the folder of one run of train.py, OUT/SEED")
+    settings = read_json(file, ("data", "data_dir", "llm", "official", "decode", "readout", "eval_batch",
+                                "device", "dtype"))
+    task, device = TASKS[settings["data"]], args.device or settings["device"]
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"{run} ran on a GPU, which is not at hand here; pass --device cpu")
-    path = find_llm(args.llm or settings["llm"] or task.llm)
-    tokenizer, size = load_tokenizer(path), settings["eval_batch"]
+        raise ValueError(f"{args.run} ran on a GPU, which is not at hand here; pass --device cpu")
+    path, dtype = find_llm(args.llm or settings["llm"] or task.llm), getattr(torch, settings["dtype"])
+    tokenizer = load_tokenizer(path)
     if args.check_backbone:             # the fresh copy is gone before the other comes
         fresh = fingerprints(load_llm(path, device, dtype), tokenizer, task)
     llm = load_llm(path, device, dtype)
-    net = load_adapter(run / "adapter.safetensors", llm, tokenizer, task, settings["official"])
-    for name, value in asdict(net.adapter.config).items():
-        if settings.get(name, value) != value:
-            raise ValueError(f"{run}: {name} is {settings[name]!r} in settings.json, {value!r} in adapter.safetensors")
+    net = load_adapter(args.run / "adapter.safetensors", llm, tokenizer, task, settings["official"])
     if args.ask is not None:
         print(ask(net, args.ask))
-    elif args.text is not None:
-        found = clip(net, args.text, dict(audio=args.audio, video=args.video), read_json(run / "features.json"))
+        return
+    if args.text is not None:
+        paths = {"audio": args.audio, "video": args.video}
+        found = clip(net, args.text, paths, read_json(args.run / "features.json"))
         print(json.dumps(found, ensure_ascii=False, indent=1) if args.json else clip_text(found))
+        return
+    split = load_split(task, args.data_dir or settings["data_dir"] or HERE / task.home, args.split)
+    if args.check_backbone:
+        batch = collate(split, range(min(settings["eval_batch"], len(split))))
+        print(check_backbone(net, fresh, batch))
+    elif args.ablate:
+        way = args.decode or settings["decode"], args.readout or settings["readout"]
+        results = {}
+        for name, part in variants(split).items():
+            results[name] = evaluate(net, part, settings["eval_batch"], name, *way)
+        print(ablation_table(results))
     else:
-        split = load_split(task, args.data_dir or settings["data_dir"] or HERE / task.home, args.split)
-        if args.check_backbone:
-            print(check_backbone(net, fresh, collate(split, range(min(size, len(split))))))
-        elif args.ablate:
-            decode, readout = args.decode or settings["decode"], args.readout or settings["readout"]
-            print(ablate(net, split, size, decode, readout))
-        else:
-            score_split(net, split, run, settings, args)
+        score_split(net, split, args.run, settings, args)
 
 
 if __name__ == "__main__":

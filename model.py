@@ -497,16 +497,18 @@ def check_tensors(path: Path, llm: LLM, stored: dict):
 
 # --- Files --------------------------------------------------------------------------------------------------
 
-def read_json(file: Path) -> dict:
-    """A JSON file that holds an object. Raises ValueError with the file's name for anything else."""
+def read_json(file: Path, keys=()) -> dict:
+    """A JSON file of an object that has these keys. Raises ValueError with the file's name for anything else."""
     if not file.is_file():
-        raise ValueError(f"{file}: not found; fetch it, or name another folder")
+        raise ValueError(f"{file}: not found; fetch or make it again, or name another folder")
     try:
         found = json.loads(file.read_text(encoding="utf-8-sig"))
+        json.dumps(found, ensure_ascii=False).encode()      # refuses halves of characters, "\ud800"
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: not valid JSON ({error}); fetch or write it again") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{file}: holds a JSON {type(found).__name__}, expected an object; fetch it again")
+        raise ValueError(f"{file}: not valid JSON ({error}); fetch or make it again") from None
+    missing = [key for key in keys if not isinstance(found, dict) or key not in found]
+    if missing or not isinstance(found, dict):
+        raise ValueError(f"{file}: expected an object with {', '.join(missing) or 'names'}; fetch or make it again")
     return found
 
 def write_atomic(path, data: bytes):

@@ -31,8 +31,8 @@ from tqdm import tqdm
 from adapter import AdapterConfig, MSEAdapter, MultimodalLLM, save_adapter
 from data import FEATURES, HERE, SPLITS, TASKS, Split, collate, epoch_rows, fetch_data, fetch_llm
 from data import family_words, find_llm, load_split, load_tokenizer, preset
-from eval import DECODE, READOUT, ablation, collapsed, evaluate, feature_range, read_json, write_results
-from model import Config, load_llm, write_atomic
+from eval import DECODE, READOUT, ablation, collapsed, evaluate, feature_range, write_results
+from model import Config, load_llm, read_json, write_atomic
 
 try:
     import fcntl

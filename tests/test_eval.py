@@ -13,11 +13,10 @@ from conftest import HERE, Bomb, ByteTokenizer, close, need_shared, random_adapt
 import eval
 from adapter import OFFICIAL_NAMES, AdapterConfig, MSEAdapter, MultimodalLLM, load_adapter, save_adapter
 from data import TASKS, Batch, Split, collate, load_split, load_tokenizer
-from eval import evaluate, label_logprobs, moments, score, score_labels, shuffled, variants, without
+from eval import evaluate, label_logprobs, moments, score, score_labels, variants
 from model import load_llm
 
 TEXTS = ["Oh!", "", "I can't believe it: she left me. Again!", "好吧"]
-FAMILIES = ("llama", "qwen", "qwen2", "chatglm")
 
 
 def rows(task, texts=TEXTS) -> Split:
@@ -50,8 +49,9 @@ def brute_force(net, batch):
     return scores.softmax(dim=-1)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("task, official", [("meld", False), ("mosei", False), ("simsv2", True)])
+@pytest.mark.parametrize("family, task, official", [
+    ("llama", "meld", False), ("llama", "simsv2", True), ("qwen", "mosei", False), ("qwen2", "cherma", True),
+    ("chatglm", "mosei", False)])
 def test_label_probabilities_equal_brute_force(tiny, family, task, official):
     net = make(tiny[family], task, official)
     batch = collate(rows(net.task), range(4))
@@ -59,15 +59,6 @@ def test_label_probabilities_equal_brute_force(tiny, family, task, official):
     close(ours, brute_force(net, batch))
     close(ours.sum(dim=1), torch.ones(4))
     assert ours.shape == (4, len(net.task.values())) and ours.std(dim=0).max() > 1e-3
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_label_probabilities_do_not_depend_on_the_batch(tiny, family):
-    net = make(tiny[family], "mosei")
-    split = rows(net.task)
-    together = label_logprobs(net, collate(split, range(4)))
-    for i in range(4):
-        close(label_logprobs(net, collate(split, [i]))[0], together[i], 1e-4)
 
 
 @pytest.mark.parametrize("family, task", [
@@ -81,7 +72,7 @@ def test_label_scoring_always_answers(tiny, family, task):
     assert set(mode.pred) <= set(legal) and np.isfinite(list(mode.scores.values())[0])
     for i in range(4):                                                  # in the split's order
         p = label_logprobs(net, collate(split, [i])).exp()[0].double().numpy()
-        close(torch.tensor(mean.probabilities[i]), torch.tensor(p))
+        close(torch.tensor(mean.probabilities[i]), torch.tensor(p))      # whatever the batch
         assert mode.pred[i] == legal[p.argmax()] == float(mode.answers[i])
         assert greedy.answers[i] == net.answer(collate(split, [i]))[0]
         assert mean.pred[i] == (mode.pred[i] if net.task.labels else pytest.approx(p @ np.array(legal), abs=1e-5))
@@ -129,9 +120,8 @@ def test_scoring_of_odd_answers():
 
 def test_a_line_says_why_a_score_is_undefined():
     line = score(["1.0"] * 3, [1.0, 2.0, 0.0], TASKS["mosei"]).line()
-    assert "corr nan (predictions are constant)" in line and line.endswith("unparsed 0/3, out of range 0/3")
-    results = {"greedy": score(["1.0"] * 3, [1.0, 2.0, 0.0], TASKS["mosei"])}
-    assert "nan: predictions are constant" in eval.side_by_side(results)
+    assert "corr nan (predictions or true values are constant" in line and "mae 0.6667, " in line
+    assert line.endswith("unparsed 0/3, out of range 0/3")
 
 
 def test_a_collapse_is_said():
@@ -139,8 +129,8 @@ def test_a_collapse_is_said():
     labels = [0] * 5 + [1] * 45 + [2] * 50
     said = eval.collapsed(score(["5"] * 96 + ["0"] * 4, labels, meld), labels, meld)
     assert said.startswith("looks collapsed: 'disgust' is 96 of 100 answers; that answer alone scores accuracy 0.0000,")
-    assert "'unparsed' is 100 of 100" in eval.collapsed(score(["joy"] * 100, labels, meld), labels, meld)
-    assert "9.0 is 100 of 100" in eval.collapsed(score(["9"] * 100, labels, meld), labels, meld)
+    for none in (["joy"] * 100, ["9"] * 100, ["joy", "7", "9", "-1"] * 25):
+        assert "'no class' is 100 of 100" in eval.collapsed(score(none, labels, meld), labels, meld)
     assert eval.collapsed(score(["5"] * 95 + ["0"] * 5, labels, meld), labels, meld) == ""
     truth = [-2.0, -1.0, 0.0, 1.0, 2.0]
     said = eval.collapsed(score(["0.4", "0.4", "0.4", "0.4", "0.5"], truth, mosei), truth, mosei)
@@ -179,15 +169,28 @@ def test_results_of_intensities_on_disk(tmp_path):
     eval.write_results(tmp_path, split, results, "-valid")
     text = (tmp_path / "metrics-valid.json").read_text()
     report = json.loads(text, parse_constant=pytest.fail)["labels"]     # NaN is no JSON
-    assert report["scores"]["corr"] is None and report["undefined"]["corr"] == "predictions are constant"
+    assert report["scores"]["corr"] is report["intervals"]["corr"] is None
     head, first, *_ = csv.reader((tmp_path / "predictions-valid.csv").read_text("utf-8-sig").splitlines())
     assert head[5:] == ["mean", "std"] and [float(x) for x in first[5:]] == pytest.approx([0, 1.760682], abs=1e-6)
 
 
+def table(pred, true, task: str) -> list[list[str]]:
+    return [line.split() for line in score(pred, true, TASKS[task]).table().splitlines()]
+
+
 def test_tables():
-    text = score(["0", "1", "x", "6"], [0, 1, 1, 6], TASKS["meld"]).tables()
-    assert "surprise     1.0000  0.5000  0.6667     2" in text and "surprise        0         1     0" in text
-    assert score(["x", "2.0"], [0.0, 2.0], TASKS["mosei"]).tables().splitlines()[4].split() == ["0", *"00000001"]
+    surprise = table(["0", "1", "x", "6"], [0, 1, 1, 6], "meld")[2]
+    assert " ".join(surprise) == "surprise 0 1 0 0 0 0 0 1 1.0000 0.5000 0.6667"
+    rows = table(["-9", "-0.5", "0.5", "1.5", "3", "x"], [-3.0, 0.0, 0.4, 2.5, 3.0, 1.0], "mosei")[1:]
+    assert ["".join(row[1:]) for row in rows] == [                      # -3 .. 3 and none
+        "10000000", "00000000", "00000000", "00020000", "00000001", "00000100", "00000010"]
+    rows = table(["-1.0", "-0.7", "0.1", "0.7", "?"], [-0.7, -0.1, 0.1, 0.2, 1.0], "simsv2")[1:]
+    assert [row[0] for row in rows] == ["[-1,-.7]", "(-.7,-.1]", "(-.1,.1]", "(.1,.7]", "(.7,1]"]
+    assert ["".join(row[1:]) for row in rows] == ["100000", "100000", "001000", "000100", "000001"]
+
+
+def test_cells_are_flush_right_where_a_chinese_character_takes_two_columns():
+    assert eval.aligned([["", "愤怒", "joy"], ["愤怒", 1, 1001]]) == "      愤怒   joy\n愤怒     1  1001"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -221,9 +224,10 @@ def spoken() -> Split:
     ("audio", {"without audio", "without audio and video", "audio shuffled"}),
     ("video", {"without video", "without audio and video", "video shuffled"}), ("text", {"text empty"})])
 def test_the_ablation_finds_what_a_model_uses(spoken, sense, hurt):
-    lines = eval.ablate(Listener(sense), spoken, 16).splitlines()[1:]
+    results = {name: evaluate(Listener(sense), part, 16) for name, part in variants(spoken).items()}
+    lines = eval.ablation_table(results).splitlines()[1:]
     table = {line[:23].strip(): line[23:].split() for line in lines}
-    assert table.pop("all") == ["1.0000", "1.0000", "0/100"] and len(table) == 6
+    assert table.pop("all")[0] == "1.0000" and len(table) == 6
     for name, (accuracy, change, low, high, *_, unparsed) in table.items():
         if name not in hurt:
             assert (accuracy, change, low, high) == ("1.0000", "+0.0000", "[+0.0000,", "+0.0000]"), name
@@ -239,12 +243,14 @@ def test_the_ablation_finds_what_a_model_uses(spoken, sense, hurt):
 
 
 def test_shuffling_moves_features_with_their_lengths(spoken):
-    moved = shuffled(spoken, "audio")
+    parts = variants(spoken)
+    moved = parts["audio shuffled"]
     assert [len(x) for x in moved.audio] == moved.audio_len
     assert moved.video is spoken.video and moved.label is spoken.label
     assert sorted(x[0, 0] for x in moved.audio) == sorted(spoken.label) != [x[0, 0] for x in moved.audio]
-    assert without(spoken, "video").video_len == [0] * 100 and without(spoken, "video").audio_len == spoken.audio_len
-    assert variants(spoken)["text empty"].text == [""] * 100 and spoken.text[1] == "1"
+    deaf = parts["without audio"]
+    assert deaf.audio_len == [0] * 100 and deaf.video_len == spoken.video_len
+    assert parts["text empty"].text == [""] * 100 and spoken.text[1] == "1"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -321,7 +327,7 @@ def run(demo, tmp_path):
         "audio_len": 5, "video_len": i % 5}} for i in range(24)]
     for split in ("train", "valid", "test"):
         (tmp_path / f"demo_{split}.pkl").write_bytes(pickle.dumps(table, protocol=4))
-    ranges = eval.feature_range(without(load_split(task, tmp_path, "train"), "video"))
+    ranges = eval.feature_range(variants(load_split(task, tmp_path, "train"))["without video"])
     (tmp_path / "features.json").write_text(json.dumps(ranges))
     settings = asdict(config) | dict(data="demo", data_dir=str(tmp_path), llm=None, official=False, device="cpu",
                                      dtype="float32", eval_batch=7, decode="greedy", readout="mean")
@@ -362,7 +368,7 @@ def test_scoring_a_run_as_it_was_selected(tiny, tmp_path, capsys):
     assert mode.line() != mean.line()
     for given, result in ((None, mode), ("mean", mean)):
         eval.score_split(net, split, tmp_path, settings, Namespace(split="valid", decode=None, readout=given))
-        assert capsys.readouterr().out.startswith(f"valid: {result.line()}\n")
+        assert capsys.readouterr().out.startswith(f"valid (best epoch unknown): {result.line()}\n")
 
 
 def test_one_clip(run, demo, monkeypatch, capsys):
@@ -377,19 +383,32 @@ def test_one_clip(run, demo, monkeypatch, capsys):
     close(torch.tensor(list(found["probabilities"].values())), label_logprobs(net, batch)[0].exp())
     deaf, k = batch._replace(audio_len=torch.tensor([0])), TASKS["demo"].labels.index(found["label"])
     close(torch.tensor(found["changes"]["without audio"]["probability"]), label_logprobs(net, deaf)[0].exp().max())
-    for name, other in {"audio": deaf, "text": batch._replace(text=[""])}.items():
-        change = label_logprobs(net, other)[0, k].exp() - label_logprobs(net, batch)[0, k].exp()
-        close(torch.tensor(found["changes"][f"without {name}"]["change"]), change)
-        assert change.abs() > 1e-3
+    for name, other in {"without audio": deaf, "text empty": batch._replace(text=[""])}.items():
+        p = label_logprobs(net, other)[0].exp()
+        close(torch.tensor(list(found["changes"][name]["probabilities"].values())), p)
+        assert abs(p[k] - found["probability"]) > 1e-3
     assert found["label"] == max(found["probabilities"], key=found["probabilities"].get)
     assert found["notes"] == ["video: none given, taken as missing"]
-    assert list(found["changes"]) == ["without audio", "without text"]
+    assert list(found["changes"]) == ["without audio", "without video", "without audio and video", "text empty"]
+    lines = {line.split()[0]: line.split()[1:] for line in command(monkeypatch, capsys, *words).splitlines()[1:6]}
+    assert lines["answer"][0] == found["label"] and len(lines["joy"]) == 5
+    assert lines["joy"][:2] == [f"{answer['probabilities']['joy']:.3f}" for answer in (
+        found, found["changes"]["without audio"])]
     text = command(monkeypatch, capsys, *words, "--video", video)
-    assert text.startswith(tuple(f"{name}, probability 0." for name in TASKS["demo"].labels))
-    assert "video: 16 values are not finite and count as 0" in text and "video: not compared" in text and "####" in text
+    assert "video: 16 values are not finite and count as 0" in text and "video: not compared" in text
     np.save(audio, np.full((3, 6), [0, 0, 500, 0, 0, 0]))
     text = command(monkeypatch, capsys, *words)
     assert "audio: 1 of 6 features are far outside the training data; feature 2 is 500 to 500, there -" in text
+
+
+def test_far_outside_is_by_more_than_the_whole_range():
+    two = [np.array([[0.0, 5.0], [1.0, 5.5]]), np.array([[0.5, 4.0], [90.0, 90.0]])]
+    split = Split(["a", "b"], two, [2, 1], two, [0, 0], [0, 0], ["a", "b"])
+    ranges = eval.feature_range(split)                                  # of real frames
+    assert ranges == {"audio": [[0.0, 4.0], [1.0, 5.5]]}
+    assert eval.oddities(np.array([[1.9, 6.9], [-0.9, 2.6]]), "audio", ranges) == []
+    for odd in (2.1, -1.1):
+        assert eval.oddities(np.array([[odd, 5.0], [0.0, 5.0]]), "audio", ranges)[0].startswith("audio: 1 of 2 features")
 
 
 def test_clip_of_an_intensity(tiny, tmp_path):
@@ -403,6 +422,9 @@ def test_clip_of_an_intensity(tiny, tmp_path):
     p = np.array(list(found["probabilities"].values()))
     assert list(found["probabilities"])[::10] == ["-1.0", "+0.0", "+1.0"] and p.sum() == pytest.approx(1)
     assert found["mean"] == pytest.approx(p @ np.linspace(-1, 1, 21)) and "mean" in eval.clip_text(found)
+    found["probabilities"] |= {"+0.3": 0.9, "+0.4": 0.0}
+    shown = [line.split()[0] for line in eval.clip_text(found).splitlines()]
+    assert "+0.3" in shown and shown.count("answer") == 1
 
 
 @pytest.mark.parametrize("array", [np.zeros((2, 5)), np.zeros((0, 6)), np.zeros(6), np.array([["a"] * 6]),
@@ -443,11 +465,11 @@ def test_a_changed_backbone_is_noticed(run, monkeypatch, capsys):
     net = MultimodalLLM(llm, adapter, load_tokenizer(DEMO), TASKS["demo"])
     batch, fresh = collate(rows(net.task), range(4)), eval.fingerprints(net.llm, net.tokenizer, net.task)
     llm.embed.weight.data[3, 7] *= 1 + 1e-6                         # of a byte that no prompt has
-    with pytest.raises(ValueError, match="backbone changed: 1 of .* behind the adapter"):
+    with pytest.raises(ValueError, match="backbone changed: 1 of "):
         eval.check_backbone(net, fresh, batch)
     fresh = eval.fingerprints(net.llm, net.tokenizer, net.task)
     llm.requires_grad_(True)                                            # a training step may move it
-    with pytest.raises(ValueError, match="backbone changed: .* after a training step"):
+    with pytest.raises(ValueError, match="backbone changed: "):
         eval.check_backbone(net, fresh, batch)
 
 
@@ -461,7 +483,7 @@ def test_wrong_usage(run, monkeypatch, capsys, words, message):
 
 
 @pytest.mark.parametrize("change, message", [
-    (dict(no_mixer=True), "no_mixer is True in settings.json, False in adapter"), (dict(official=True), "mode"),
+    (dict(official=True), "mode"),
     (dict(device="cuda"), "pass --device cpu"), (dict(llm="nowhere/at-all"), "no such backbone")])
 def test_a_run_that_does_not_fit_is_refused(run, monkeypatch, capsys, change, message):
     if "device" in change and torch.cuda.is_available():
@@ -473,7 +495,7 @@ def test_a_run_that_does_not_fit_is_refused(run, monkeypatch, capsys, change, me
 
 
 def test_no_run(tmp_path, monkeypatch, capsys):
-    with pytest.raises(ValueError, match="no runs found"):
+    with pytest.raises(ValueError, match="settings.json: not there; expected the folder of one run"):
         command(monkeypatch, capsys, tmp_path)
     (tmp_path / "settings.json").write_text("{")
     with pytest.raises(ValueError, match="settings.json: not valid JSON"):

@@ -25,8 +25,8 @@ sys.path.insert(0, str(ROOT))
 import train  # noqa: E402
 from adapter import AdapterConfig, MSEAdapter, MultimodalLLM  # noqa: E402
 from data import TASKS, Split, collate, load_split, load_tokenizer, read_pickle  # noqa: E402
-from eval import read_json, score  # noqa: E402
-from model import LLM, Config, load_llm  # noqa: E402
+from eval import score  # noqa: E402
+from model import read_json, LLM, Config, load_llm  # noqa: E402
 
 DISABLED = torch.amp.GradScaler("cpu", enabled=False)
 
