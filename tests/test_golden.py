@@ -243,8 +243,8 @@ def test_load_official(release, prefix, tmp_path):
 
 
 @pytest.mark.parametrize("damage, words", [
-    (lambda t: t.pop("text_guide_mixer.text_mlp.bias"), ["missing: mixer.text.bias"]),
-    (lambda t: t.update({"Model.extra.weight": torch.ones(2)}), ["unexpected: extra.weight"]),
+    (lambda t: t.pop("text_guide_mixer.text_mlp.bias"), ["Missing", "mixer.text.bias"]),
+    (lambda t: t.update({"Model.extra.weight": torch.ones(2)}), ["Unexpected", "extra.weight"]),
     (lambda t: t.update({"audio_LSTM.linear.bias": torch.ones(255)}), ["audio.linear.bias", "[255]", "[256]"]),
     (lambda t: t.update({CONVOLUTION: torch.ones(4)}), ["fusion.join.weight", "[4]", "[1, 3]"]),
     (lambda t: t.update({"audio_LSTM.linear.bias": "text"}), ["state dict of tensors"]),
