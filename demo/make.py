@@ -33,7 +33,7 @@ from tqdm import tqdm
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from data import TASKS, load_tokenizer  # noqa: E402
-from model import LLM, Config, _sources  # noqa: E402
+from model import LLM, Config, sources  # noqa: E402
 
 SEED = 2502
 TASK = TASKS["demo"]
@@ -261,7 +261,7 @@ def save_llm(llm: LLM):
     """fp16, under Hugging Face's names: our stacked tensors are cut again."""
     config, tensors = llm.config, {}
     for name, tensor in llm.state_dict().items():
-        names = _sources(config.family, name)
+        names = sources(config.family, name)
         for source, part in zip(names, tensor.chunk(len(names))):       # q, k, v are equally high here, and so gate, up
             tensors[source] = part.half().clone()
     save_file(tensors, HERE / "llm" / "model.safetensors", metadata={"format": "pt"})

@@ -29,6 +29,13 @@ def close(ours, theirs, tolerance: float = 1e-5):
     torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance, check_dtype=False)
 
 
+def near(ours, theirs, tolerance: float = 1e-6):
+    """Equal but for a share of the largest number: the same verdict on every processor, whatever the numbers' size."""
+    assert ours.shape == theirs.shape
+    gap = (ours.double() - theirs.double()).abs().max()
+    assert gap <= tolerance * theirs.abs().max(), f"off by {gap:.1e}, the largest is {theirs.abs().max():.1e}"
+
+
 class Bomb:
     """Unpickled, it makes a folder: a canary."""
 
@@ -138,6 +145,13 @@ def write_tiny(folder: Path, family: str, shards: int = 0) -> Path:
 def tiny(tmp_path_factory):
     """family -> its tiny backbone, loaded from disk. Shared by all tests, so nobody may change one."""
     return {family: load_llm(write_tiny(tmp_path_factory.mktemp(family), family)) for family in TINY}
+
+
+@pytest.fixture(scope="session")
+def tiny64(tmp_path_factory):
+    """The same in float64, where what is algebraically equal is equal to 1e-6: rotation and logits are fp32 inside."""
+    return {family: load_llm(write_tiny(tmp_path_factory.mktemp(family), family), dtype=torch.float64)
+            for family in TINY}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,7 +1,12 @@
-"""The method: sizes, formulas, default and official rows, what training may change, files."""
+"""The method: sizes, formulas, default and official rows, what training may change, files.
+
+The backbone is in float64, the adapter in fp32: what is equal is equal to 1e-5 of the largest number.
+"""
+import copy
+
 import pytest
 import torch
-from conftest import TINY, ByteTokenizer, close, published_tensors, random_adapter, recipe, write_checkpoint
+from conftest import TINY, ByteTokenizer, near, published_tensors, random_adapter, recipe, write_checkpoint
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -39,9 +44,9 @@ def make(llm, task, official=False, tokens=3) -> MultimodalLLM:
 
 
 @pytest.fixture(params=PAIRS, ids="-".join)
-def net(request, tiny) -> MultimodalLLM:
+def net(request, tiny64) -> MultimodalLLM:
     family, task = request.param
-    return make(tiny[family], task)
+    return make(tiny64[family], task)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -99,7 +104,7 @@ def test_pseudo_tokens_are_the_papers_formulas(net):
     pseudo = net.pseudo_tokens(batch).detach()
     assert pseudo.shape == (5, 3, net.llm.config.dim)
     for n in range(5):
-        close(pseudo[n], slow_pseudo_tokens(net, batch, n))
+        near(pseudo[n], slow_pseudo_tokens(net, batch, n), 1e-5)
 
 
 def test_every_parameter_has_its_official_name(net):
@@ -111,24 +116,27 @@ def test_every_parameter_has_its_official_name(net):
 # Rows
 
 
-def slow_loss(net, batch, n):
-    """The loss of row n, written out: its parts in order, all positions through the head, the label's picked."""
+def slow_row(net, batch, n, label):
+    """Row n, written out: its parts in order, their hidden states, the label's log-probabilities, (tokens,)."""
     words, encode = net.task.wording(net.llm.config.family), net.tokenizer.encode
     before = [net.tokenizer.token_id(name) for name in words.bos] + encode(words.open)
-    text, label = encode(batch.text[n])[:net.task.text_len], encode(words.label(batch.label[n]))
-    before, after = (net.llm.embed(torch.tensor(ids)) for ids in (
-        before, text + encode(words.close) + encode(words.prompt) + label))
-    x = torch.cat([before, slow_pseudo_tokens(net, batch, n).float(), after])
+    after = encode(batch.text[n])[:net.task.text_len] + encode(words.close) + encode(words.prompt) + label
+    before, after = (net.llm.embed(torch.tensor(ids)) for ids in (before, after))
+    x = torch.cat((before, slow_pseudo_tokens(net, batch, n), after))
     logprob = net.llm.logits(net.llm(x[None]))[0].log_softmax(dim=-1)
-    start = len(x) - len(label)
-    return -sum(logprob[start + k - 1, token] for k, token in enumerate(label)) / len(label)
+    return logprob[-1 - len(label):-1].gather(1, torch.tensor(label)[:, None])[:, 0]
+
+
+def slow_loss(net, batch):
+    labels = [net.tokenizer.encode(net.label_text(y)) for y in batch.label]
+    return torch.stack([-slow_row(net, batch, n, label).mean() for n, label in enumerate(labels)]).mean()
 
 
 def test_loss_is_the_mean_over_rows_of_the_labels_cross_entropy(net):
     batch = rows(net.task, range(5))
     lengths = {len(net.tokenizer.encode(net.label_text(y))) for y in batch.label}
-    assert net.task.labels or net.llm.config.family == "qwen" or len(lengths) > 1       # "-1.0" and "0.4" in one batch
-    close(net.loss(batch).detach(), torch.stack([slow_loss(net, batch, n) for n in range(5)]).mean())
+    assert net.task.labels or net.llm.config.family == "qwen" or len(lengths) > 1   # "-1.0" and "0.4" in one batch
+    near(net.loss(batch), slow_loss(net, batch), 1e-5)
 
 
 def test_a_row_does_not_depend_on_its_batch(net):
@@ -136,12 +144,12 @@ def test_a_row_does_not_depend_on_its_batch(net):
         batch = rows(net.task, range(5))
         alone = [rows(net.task, [n]) for n in range(5)]
         losses = torch.stack([net.loss(one) for one in alone])
-        close(net.loss(batch), losses.mean())
-        for n in range(5):                                              # with a row of quite another length beside it
-            close(2 * net.loss(rows(net.task, [n, 4 - n])) - losses[4 - n], losses[n], 2e-5)
-        assert torch.cat([net.pseudo_tokens(one) for one in alone]).sub(net.pseudo_tokens(batch)).abs().max() < 1e-5
+        near(net.loss(batch), losses.mean(), 1e-5)
+        for n in range(5):                                  # with a row of quite another length beside it
+            near(2 * net.loss(rows(net.task, [n, 4 - n])) - losses[4 - n], losses[n], 1e-5)
+        near(net.pseudo_tokens(batch), torch.cat([net.pseudo_tokens(one) for one in alone]), 1e-5)
         assert [net.answer(one)[0] for one in alone] == net.answer(batch)
-        assert losses.std() > 1e-3                                      # the rows do differ
+        assert losses.std() > 1e-3                          # the rows do differ
 
 
 def test_what_stands_behind_a_features_length_does_not_matter(net):
@@ -168,19 +176,23 @@ def text_mean(net, batch):
     return seen[0]
 
 
-def test_pads_count_in_official_mode_alone(tiny):
-    llm, task = tiny["llama"], TASKS["meld"]
-    for official in (False, True):
-        net, batch = make(llm, "meld", official), rows(task, range(5))
-        for n, text in enumerate(batch.text):
-            ids = net.tokenizer.encode(text)[:65]
-            ids = [net.tokenizer.token_id("<unk>")] * (65 - len(ids) if official else 0) + ids
-            mean = llm.embed(torch.tensor(ids, dtype=torch.long)).sum(0) / max(1, len(ids))
-            close(text_mean(net, batch)[n], mean)
-        x, lengths, _ = net.inputs(batch)
-        P, prompt = 3, len(net.before) + len(net.after)
-        real = [prompt + P + (65 if official else min(65, len(text.encode()))) for text in batch.text]
-        assert x.size(1) == max(real) and lengths.tolist() == real
+@pytest.mark.parametrize("official", [False, True])
+def test_pads_count_in_official_mode_alone(tiny64, official):
+    llm, task = tiny64["llama"], TASKS["meld"]
+    net, batch = make(llm, "meld", official), rows(task, range(5))
+    x, real, pseudo = net.rows(batch, [[9] * (n + 1) for n in range(5)])
+    means = text_mean(net, batch)
+    for n, text in enumerate(batch.text):
+        ids = net.tokenizer.encode(text)[:65]
+        if official:
+            ids = [net.tokenizer.token_id("<unk>")] * (65 - len(ids)) + ids
+        embedded = llm.embed(torch.tensor(ids, dtype=torch.long))
+        near(means[n], embedded.sum(0).float() / max(1, len(ids)), 1e-5)
+        end = llm.embed(torch.tensor(net.after + [9] * (n + 1)))
+        row = torch.cat((pseudo[n], embedded, end))
+        assert torch.equal(x[n, -len(row):], row)           # in this order, with padding in front
+        length = len(net.before) + len(row)
+        assert real[n, -len(row):].all() and real[n, :len(net.before)].all() and real[n].sum() == length
 
 
 def test_official_wording_differs_where_the_release_does(tiny):
@@ -205,8 +217,9 @@ def test_label_text(tiny):
 def test_answer_is_the_greedy_continuation_up_to_the_end_token(net):
     net.answer_len = 6
     batch = rows(net.task, [2, 0])
-    x, lengths, _ = net.inputs(batch)
-    ids = net.llm.generate(x, 6, torch.arange(x.size(1)) < lengths[:, None]).tolist()
+    x, real, _ = net.rows(batch)
+    before = net.llm.embed(torch.tensor([net.before] * 2))
+    ids = net.llm.generate(torch.cat((before, x), dim=1), 6, real).tolist()
     net.eos_id = ids[0][2]
     assert net.eos_id not in ids[0][:2]
     expected = [row[:row.index(net.eos_id)] if net.eos_id in row else row for row in ids]
@@ -214,24 +227,20 @@ def test_answer_is_the_greedy_continuation_up_to_the_end_token(net):
 
 
 def test_label_logprobs_score_every_legal_label(net):
-    batch = rows(net.task, [2, 0, 3])
-    scores = []
-    for text in net.task.wording(net.llm.config.family).labels:
-        label = net.tokenizer.encode(text)
-        x, lengths, _ = net.inputs(batch, [label] * 3)
-        hidden = [row[length - len(label) - 1:length - 1] for row, length in zip(net.llm(x), lengths)]
-        logprob = net.llm.logits(torch.stack(hidden)).log_softmax(dim=-1)
-        scores.append(sum(logprob[:, k, token] for k, token in enumerate(label)))
-    close(label_logprobs(net, batch), torch.stack(scores, dim=1).log_softmax(dim=1).detach(), 1e-4)
+    batch, labels = rows(net.task, [2, 0, 3]), net.task.wording(net.llm.config.family).labels
+    labels = [net.tokenizer.encode(text) for text in labels]
+    for n, scores in enumerate(label_logprobs(net, batch)):
+        expected = torch.stack([slow_row(net, batch, n, label).sum() for label in labels])
+        near(scores, expected.log_softmax(dim=0).detach(), 1e-5)
 
 
 def test_what_does_not_fit_together_is_refused(tiny):
     config = AdapterConfig(40, AUDIO, VIDEO, 6, 4, 3)
-    with pytest.raises(ValueError, match="width 40, .* 36"):
+    with pytest.raises(ValueError, match="width 36 .* width 40"):
         MultimodalLLM(tiny["llama"], MSEAdapter(config), ByteTokenizer(), TASKS["meld"])
     tokenizer = ByteTokenizer()
     tokenizer.size = 272
-    with pytest.raises(ValueError, match="272 ids, .* 271 rows"):
+    with pytest.raises(ValueError, match="271 embeddings, .* 272 ids"):
         MultimodalLLM(tiny["llama"], random_adapter(AdapterConfig(36, AUDIO, VIDEO, 6, 4, 3)), tokenizer, TASKS["meld"])
 
 
@@ -260,12 +269,34 @@ def test_training_changes_the_adapter_alone(net):
 
 
 def test_recomputation_does_not_change_the_gradients(net):
-    batch, gradients = rows(net.task, range(5)), []
-    for n in (0, 1, 3):
-        net.zero_grad()
-        net.loss(batch, recompute=n).backward()
-        gradients.append([p.grad for p in net.adapter.parameters()])
-    assert all(torch.equal(a, b) for other in gradients[1:] for a, b in zip(gradients[0], other))
+    batch, parameters = rows(net.task, range(5)), list(net.adapter.parameters())
+    plain = torch.autograd.grad(net.loss(batch), parameters)
+    for n in (1, 3):
+        found = torch.autograd.grad(net.loss(batch, recompute=n), parameters)
+        assert all(torch.equal(a, b) for a, b in zip(found, plain))
+
+
+@pytest.mark.parametrize("family", TINY)
+@pytest.mark.parametrize("name, recompute", [
+    ("embedding.weight", 0), ("blocks.0.attn.qkv.weight", 0), ("blocks.1.mlp.gate_up.weight", 1)])
+def test_a_backbone_that_trains_is_right_in_the_shared_beginning_too(tiny64, family, name, recompute):
+    net = make(copy.deepcopy(tiny64[family]), "meld")
+    batch, weight = rows(net.task, range(5)), net.llm.get_parameter(name)
+    start, kept = net.loss(batch).detach(), net.beginning()
+    assert net.beginning() is kept                          # read once while nothing trains
+    weight.requires_grad_()
+    for _ in range(2):
+        (gradient,) = torch.autograd.grad(net.loss(batch, recompute), weight)
+        (expected,) = torch.autograd.grad(slow_loss(net, batch), weight)
+        near(gradient, expected, 1e-5)
+        with torch.no_grad():
+            weight += recipe("step", weight.shape, 0.1)     # as an optimizer's
+        near(net.loss(batch, recompute), slow_loss(net, batch), 1e-5)
+    answers = net.answer(batch)
+    weight.requires_grad_(False)
+    near(net.loss(batch), slow_loss(net, batch), 1e-5)      # frozen again: not what was kept at first
+    assert (net.loss(batch) - start).abs() > 1e-3 and net.beginning() is net.beginning()
+    assert answers == make(net.llm, "meld").answer(batch)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -309,8 +340,8 @@ def test_another_backbone_task_or_mode_is_refused(saved, tiny, tmp_path):
 
 
 @pytest.mark.parametrize("damage, words", [
-    (lambda t: t.pop("project.bias"), ["missing: project.bias"]),
-    (lambda t: t.update({"project.extra": torch.ones(1)}), ["unexpected: project.extra"]),
+    (lambda t: t.pop("project.bias"), ["Missing", "project.bias"]),
+    (lambda t: t.update({"project.extra": torch.ones(1)}), ["Unexpected", "project.extra"]),
     (lambda t: t.update({"project.bias": torch.ones(35)}), ["project.bias", "[35]", "[36]"]),
     (lambda t: t["project.bias"].add_(1e-3), ["sha256"]),
 ], ids=["missing", "extra", "misshapen", "changed"])
@@ -328,9 +359,12 @@ def test_other_files_are_refused(saved):
     net, file = saved
     tensors = load_file(file)
     save_file(tensors, file)
-    refused(net, file, "format", "None", "'mse-adapter 1'")
+    refused(net, file, "not a whole saved adapter")
+    for meta in ("{}", "not JSON", '{"format": "mse-adapter 0"}'):
+        save_file(tensors, file, metadata={"mse-adapter": meta})
+        refused(net, file, "not a whole saved adapter")
     for content in (b"", b"not one", file.read_bytes()[:-9]):
         file.write_bytes(content)
-        refused(net, file, "not a saved adapter")
+        refused(net, file, "not a whole saved adapter")
     file.unlink()
     refused(net, file)

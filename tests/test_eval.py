@@ -42,9 +42,9 @@ def brute_force(net, batch):
     """The labels' probabilities from one full forward pass each, over the rows with that label behind them."""
     scores = torch.zeros(len(batch.text), len(net.labels))
     for k, ids in enumerate(net.labels):
-        x, lengths, _ = net.inputs(batch, [list(ids)] * len(batch.text))
-        hidden = [row[length - len(ids) - 1:length - 1] for row, length in zip(net.llm(x), lengths)]
-        after = net.llm.logits(torch.stack(hidden)).log_softmax(dim=-1)                           # (B, n, V)
+        x, real, _ = net.rows(batch, [list(ids)] * len(batch.text))
+        hidden = net.llm(x, real, net.beginning())[:, -len(ids) - 1:-1]
+        after = net.llm.logits(hidden).log_softmax(dim=-1)                                        # (B, n, V)
         scores[:, k] = after.gather(2, torch.tensor(ids).expand(len(scores), -1)[..., None]).sum((1, 2))
     return scores.softmax(dim=-1)
 

@@ -26,7 +26,7 @@ import train  # noqa: E402
 from adapter import AdapterConfig, MSEAdapter, MultimodalLLM  # noqa: E402
 from data import TASKS, Split, collate, load_split, load_tokenizer, read_pickle  # noqa: E402
 from eval import score  # noqa: E402
-from model import read_json, LLM, Config, load_llm  # noqa: E402
+from model import LLM, Config, load_llm, read_json  # noqa: E402
 
 DISABLED = torch.amp.GradScaler("cpu", enabled=False)
 

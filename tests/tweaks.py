@@ -34,7 +34,7 @@ TWEAKS = {
          "        h = (states * real[..., None]).sum(1) / lengths.clamp(min=1)[:, None]")],
     "GRU": [("adapter.py", "self.rnn = nn.LSTM(", "self.rnn = nn.GRU(")],
     "guided by the LLM's reading": [
-        ("adapter.py", "mean = (x[:, :is_text.size(1)].float()", "mean = (self.llm(x[:, :is_text.size(1)]).float()")],
+        ("adapter.py", "mean = (x.float()", "mean = (self.llm(x, is_text).float()")],
     "prompt first": [
         ("adapter.py", "words.bos] + tokenizer.encode(words.open)",
          "words.bos] + tokenizer.encode(words.prompt) + tokenizer.encode(words.open)"),
@@ -43,14 +43,13 @@ TWEAKS = {
     "class head": [
         # As many classes as MELD has; the demo uses four of them.
         ("adapter.py", "        self.project =", "        self.head = nn.Linear(c.dim, 7)\n        self.project ="),
-        ("adapter.py", "recompute, at=at, lengths=lengths)",
-         "recompute, at=at[:, :1], lengths=lengths)[:, 0]\n"
-         "        return F.cross_entropy(self.adapter.head(hidden), torch.tensor(batch.label))"),
-        ("adapter.py", "        ids = self.llm.generate(",
-         "        past = self.beginning.length\n"
-         "        hidden = self.llm(x[:, past:], cache=self.beginning, at=lengths[:, None] - 1 - past)[:, 0]\n"
+        ("adapter.py", "        logits = self.llm.logits(",
+         "        return F.cross_entropy(self.adapter.head(hidden[:, 0]), torch.tensor(batch.label))\n"
+         "        logits = self.llm.logits("),
+        ("adapter.py", "        if self.reread:",
+         "        hidden = self.llm(x, real, self.beginning(), last=1)[:, 0]\n"
          "        return [str(label) for label in self.adapter.head(hidden).argmax(dim=-1).tolist()]\n"
-         "        ids = self.llm.generate(")],
+         "        if self.reread:")],
 }
 
 
