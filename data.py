@@ -542,7 +542,7 @@ def read_pickle(path) -> object:
         return PickleMachine(data).run()
     except Exception as error:              # of any type: who knows what a broken file leads to
         found = str(error) if isinstance(error, DataError) else f"cannot be read ({error!r})"
-    if data.find(b"\n") > 0 and not re.search(rb"(?<!\r)\n", data):
+    if data.find(b"\n", 0) > 0 and not re.search(rb"(?<!\r)\n", data):
         found += r" and has \n only behind \r"
     advice = next(advice for pattern, advice in ADVICE if re.search(pattern, found))
     raise DataError(f"{path} {found:.250}; {advice}")
