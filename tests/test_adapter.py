@@ -278,7 +278,7 @@ def test_recomputation_does_not_change_the_gradients(net):
 
 @pytest.mark.parametrize("family", TINY)
 @pytest.mark.parametrize("name, recompute", [
-    ("embedding.weight", 0), ("blocks.0.attn.qkv.weight", 0), ("blocks.1.mlp.gate_up.weight", 1)])
+    ("embed.weight", 0), ("blocks.0.attn.qkv.weight", 0), ("blocks.1.mlp.gate_up.weight", 1)])
 def test_a_backbone_that_trains_is_right_in_the_shared_beginning_too(tiny64, family, name, recompute):
     net = make(copy.deepcopy(tiny64[family]), "meld")
     batch, weight = rows(net.task, range(5)), net.llm.get_parameter(name)

@@ -202,7 +202,7 @@ def test_however_tensors_lie_in_a_file_they_are_read_right(tmp_path, family, n):
             lambda t: t[:1].expand_as(t),                               # one row, seen many times
             lambda t: t.bfloat16(), lambda t: torch.nn.Parameter(t.half()), lambda t: t.double()]
     tensors = {name: ways[i % 7](t) for i, (name, t) in enumerate(tiny_tensors(family).items())}
-    head, embedding = (model.sources(family, name)[0] for name in ("head.weight", "embedding.weight"))
+    head, embedding = (model.sources(family, name)[0] for name in ("head.weight", "embed.weight"))
     tensors[head] = tensors[embedding]                                  # one storage, two names
     plain = {name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
     expected = load_llm(write_checkpoint(tmp_path / "plain", TINY[family], plain), dtype=torch.float64)
