@@ -43,6 +43,10 @@ class AdapterConfig:
     modality: str = "both"              # or only "audio", only "video"
     independent_tokens: bool = False    # a linear layer from M~ to each pseudo token, no scaled copies of one vector
 
+    def __post_init__(self):
+        if self.modality not in ("both", "audio", "video"):
+            raise ValueError(f"modality is {self.modality!r}; expected 'both', 'audio' or 'video'")
+
 # --- The method ------------------------------------------------------------------------------------------------------
 
 class SequenceEncoder(nn.Module):

@@ -599,7 +599,8 @@ def score_split(net: MultimodalLLM, split: Split, run: Path, settings: dict, arg
         if args.decode in (None, decode):
             name, readout = f"{args.split}, {decode}", args.readout or settings["readout"]
             results[decode] = evaluate(net, split, settings["eval_batch"], name, decode, readout)
-    best = read_json(run / "results.json").get("best_epoch", "unknown")
+    record = run / "results.json"
+    best = read_json(record).get("best_epoch") if record.is_file() else "unknown"
     print(f"{args.split} (best epoch {best}): {results[first].line()}")
     print(collapsed(results[first], split.label, net.task))
     print(f"{side_by_side(results)}\n\n{first}:\n{results[first].table()}\n")

@@ -124,6 +124,9 @@ def check_features(raw: dict, file: Path):
         kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
         if kind == "llama3":
             raw["rope_llama3"] = [rope.get(name) for name in LLAMA3]
+            for name, value in zip(LLAMA3, raw["rope_llama3"]):
+                if type(value) not in (int, float):
+                    raise ValueError(f"{file}: {name} is {value!r:.80}, expected a number; fetch the file again")
         elif kind != "default":
             raise ValueError(f"{file}: {key} is {rope!r:.100}, but only the plain rotary embedding and llama3's are "
                              "here; use a model without (where it was added for long texts, delete the key)")
@@ -455,17 +458,18 @@ def open_tensors(file: Path) -> dict[str, torch.Tensor]:
             tensors = dict(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
         else:
             tensors = load_file(file)
-        if any(x.layout != torch.strided or x.is_nested or x.device.type != "cpu" for x in tensors.values()):
-            raise ValueError("it has sparse or nested tensors, or some without numbers")
+        for name, x in tensors.items():
+            if type(x) not in (torch.Tensor, nn.Parameter) or x.layout != torch.strided or x.is_nested or x.is_meta:
+                raise TypeError(f"{name} is no plain dense tensor")
     except FileNotFoundError:
         raise ValueError(f"{file}: named in the index beside it, but missing; finish the download, or delete the "
                          "index if the weights beside it are whole") from None
     except Exception as error:                  # whatever a damaged or hostile file provokes, it was refused
         with open(file, "rb") as start:
             pointer = start.read(7) == b"version"
-        found = "a git-lfs pointer: run `git lfs pull`" if pointer else " ".join(str(error).split())[:200]
-        raise ValueError(f"{file}: not a whole file of dense tensors ({found}); fetch it again, from a source that "
-                         "you trust") from None
+        found = "a git-lfs pointer: run `git lfs pull`" if pointer else " ".join(str(error).split())[-300:]
+        raise ValueError(f"{file}: not a whole file of dense tensors ({found}); nothing in it was run; fetch it "
+                         "again, from a source that you trust") from None
     return {str(name): tensor.detach() for name, tensor in tensors.items()}
 
 def check_tensors(path: Path, llm: LLM, stored: dict):
@@ -483,10 +487,10 @@ def check_tensors(path: Path, llm: LLM, stored: dict):
         asked[head] = asked[embedding]
     problems = [f"missing: {name}" for name in asked if name not in stored]
     for name, (file, x) in stored.items():
-        if name not in asked and not name.endswith(ROTARY_TABLES):
-            problems.append(f"unused: {name} in {file.name}")
-        elif x.dtype not in FLOATS:
+        if x.dtype not in FLOATS:
             problems.append(f"{x.dtype}: {name} in {file.name}; use the version in fp16, bf16 or fp32")
+        elif name not in asked and not name.endswith(ROTARY_TABLES):
+            problems.append(f"unused: {name} in {file.name}")
         elif name in asked and x.shape != asked[name]:
             problems.append(f"misshapen: {name} is {list(x.shape)} in {file.name}, config.json asks for "
                             f"{list(asked[name])}")
@@ -531,8 +535,10 @@ def write_atomic(path, data: bytes):
         os.close(folder)
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("error: expected a checkpoint folder: python model.py DIR")
     try:
-        llm = load_llm(*sys.argv[1:2])
+        llm = load_llm(sys.argv[1])
         print(f"{asdict(llm.config)}\n{sum(p.numel() for p in llm.parameters()):,} parameters, all there")
-    except (TypeError, ValueError, OSError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

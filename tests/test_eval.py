@@ -501,5 +501,5 @@ def test_no_run(tmp_path, monkeypatch, capsys):
     with pytest.raises(ValueError, match="settings.json: not valid JSON"):
         command(monkeypatch, capsys, tmp_path)
     (tmp_path / "settings.json").write_text('{"data": "demo", "llm": null, "device": "cpu", "dtype": "float32"}')
-    with pytest.raises(ValueError, match="settings.json: has no data_dir, official, decode, readout, eval_batch"):
+    with pytest.raises(ValueError, match="settings.json: expected an object with data_dir, official, decode, readout, eval_batch"):
         command(monkeypatch, capsys, tmp_path)
