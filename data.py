@@ -14,17 +14,12 @@ Shapes: N rows of a split, B of a batch, La / Lv frames, Da / Dv features of a f
 """
 import argparse
 import base64
-import hashlib
 import heapq
 import json
-import math
-import mmap
-import os
-import pickletools
 import re
 import sys
 import unicodedata
-from collections import Counter, defaultdict
+from collections import Counter
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import accumulate, chain, pairwise
@@ -35,18 +30,17 @@ import numpy as np
 import sentencepiece
 import torch
 
+from extras.pickles import DataError, read_pickle
+
 HERE = Path(__file__).resolve().parent
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Wording: how the release words a row for each family of backbones
-
+# --- Wording: how the release words a row for each family of backbones --------------------------------------
 
 _CLASS_EN = "Please recognize the emotion of the above multimodal content from the"
 _CLASS_ZH = "请选择适用于上述多模态内容的情绪标签：<{labels}>。"
 _RANGE_EN = "Please predict the sentiment intensity of the above multimodal content in the range "
 _RANGE_ZH = "请对上述多模态内容的情感强度进行预测，范围在"
 TAG = {"en": "Multimodal", "zh": "多模态"}
-
 
 @dataclass(frozen=True)
 class Family:
@@ -60,7 +54,6 @@ class Family:
     lead: dict                      # language -> what stands before the open tag
     intensity: str = "{:.1f}"       # how an intensity is written as a label
     reread: bool = False            # official decoding reads the whole row again at each step
-
 
 _LLAMA = Family(
     "llama", bos=("<s>",), official_bos=("<s>", "<s>"), eos="</s>", pad="<unk>", lead={"en": "", "zh": ""},
@@ -86,7 +79,6 @@ _CHATGLM = Family(
     })
 FAMILIES = {"llama": _LLAMA, "qwen": _QWEN, "qwen2": _QWEN, "chatglm": _CHATGLM}
 
-
 def family_words(family: str) -> Family:
     """A family that the release does not know is spoken to as LLaMA2."""
     return FAMILIES.get(family, _LLAMA)
@@ -103,7 +95,6 @@ class Wording(NamedTuple):
     labels: list                    # the text of every legal label
     reread: bool                    # see Family
 
-
 def special_ids(words: Wording, tokenizer) -> tuple[list, int, int]:
     """Ids of the tokens in front of a row, of its end and of padding: the release's or, if the tokenizer has other
     ones, those that the checkpoint's tokenizer_config.json names. Raises ValueError if it names none."""
@@ -117,12 +108,9 @@ def special_ids(words: Wording, tokenizer) -> tuple[list, int, int]:
     pad = names["eos"] if names["pad"] is None else names["pad"]
     return bos, tokenizer.token_id(names["eos"]), tokenizer.token_id(pad)
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tasks
-
+# --- Tasks --------------------------------------------------------------------------------------------------
 
 SPLITS = ("train", "valid", "test")
-
 
 @dataclass(frozen=True)
 class Task:
@@ -186,7 +174,6 @@ class Task:
             open=f"{words.lead[self.language]}<{tag}>", close=f"</{tag}>", prompt=prompt,
             label=label, labels=[label(y) for y in self.values()], reread=words.reread and official)
 
-
 TASKS = {task.name: task for task in (
     Task("demo", labels=("joy", "anger", "sadness", "calm"), text_len=40,
          rows=dict(train=2000, valid=300, test=600), audio_len=40, audio_dim=6, video_len=24, video_dim=8,
@@ -212,7 +199,6 @@ TASKS = {task.name: task for task in (
          sha256="78e0f8b5ef8ff71558e7307848fc1fa929ecb078203f565ab22b9daab2e02524"),
 )}
 
-
 class Preset(NamedTuple):
     """The release's hyper-parameters for one task and family; those that are the same for all stand in train.py."""
     learning_rate: float
@@ -221,7 +207,6 @@ class Preset(NamedTuple):
     pseudo_tokens: int
     audio_hidden: int               # width of the LSTM's state
     video_hidden: int
-
 
 PRESETS = {
     ("mosei", "llama"): Preset(5e-5, 8, 30, 4, 64, 32),
@@ -239,7 +224,6 @@ PRESETS = {
     ("demo", "llama"): Preset(1e-2, 16, 4, 4, 32, 16),
 }
 
-
 def preset(task: Task | str, family: str) -> Preset:
     """The release's hyper-parameters; where it has none, MELD's for classes and MOSEI's for an intensity."""
     task = TASKS[task] if isinstance(task, str) else task
@@ -247,9 +231,7 @@ def preset(task: Task | str, family: str) -> Preset:
     nearest = "meld" if task.labels else "mosei"
     return PRESETS.get((task.name, words)) or PRESETS[nearest, words]
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Tokenizers: text <-> ids. `encode` adds no special token and reads one that stands in the text as plain text
+# --- Tokenizers: text <-> ids. `encode` adds no special token and reads one that stands in the text as plain text
 # ("<s>" is "<", "s", ">"), so that no data can forge one; `decode` leaves them out; `token_id` finds one by name.
 
 CHATGLM3_PIECES = 64789     # of its sentencepiece model; special tokens follow: [gMASK] is 64790, sop 64792
@@ -265,11 +247,9 @@ SPELL = {byte: 256 + n for n, byte in enumerate(UNPRINTED)}
 UNSPELL = {256 + n: byte for n, byte in enumerate(UNPRINTED)}
 UNREAD = "is not known here: take a backbone with tokenizer.model, or with a byte-level BPE like Llama 3's"
 
-
 def whole_characters(text: str) -> str:
     """Joins surrogate pairs; a lone surrogate, which UTF-8 cannot write, becomes U+FFFD (as in tiktoken)."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
 
 class SentencePiece:
     """`tokenizer.model` of LLaMA2 and ChatGLM3. size: the number of ids, with ChatGLM3's special tokens."""
@@ -297,7 +277,6 @@ class SentencePiece:
             raise DataError(f"{self.file} has no special token {name!r}, only {list(self.special)}")
         return self.special[name]
 
-
 @cache
 def stand_in(char: str) -> str:
     r"""A character of the same class for Python's re, which has no \p{L}: "Łódź №²" -> "xxdx !0"."""
@@ -308,7 +287,6 @@ def stand_in(char: str) -> str:
     kind = "space" if char.isspace() else unicodedata.category(char)[0]
     return {"space": "\t", "L": "x", "M": "\u0300", "N": "0"}.get(kind, "!")
 
-
 def compile_split(pattern: str) -> re.Pattern:
     """The pattern, for stand-ins. Its one group makes re.split return what it finds and what is between."""
     pieces = r"\\p\{[LMN]\}|\\[rnsS]|'[a-z]+|\(\?(?:i:|:|!)|\{\d+,?\d*\}|[?*+](?!\+)|[][^|) ]"
@@ -317,7 +295,6 @@ def compile_split(pattern: str) -> re.Pattern:
     pattern = re.sub(r"\[.*?\]", lambda part: part[0].replace(r"\p{L}", "a-zA-Z"), pattern)
     pattern = pattern.replace(r"\p{L}", "[a-zA-Z]").replace(r"\p{M}", "\u0300").replace(r"\p{N}", r"\d")
     return re.compile(f"({pattern})", re.ASCII)
-
 
 @dataclass(repr=False)
 class ByteBPE:
@@ -394,7 +371,6 @@ class ByteBPE:
 
     token_id = SentencePiece.token_id
 
-
 def read_file(file: Path) -> bytes:
     data = file.read_bytes() if file.is_file() else b""
     if not data:
@@ -402,7 +378,6 @@ def read_file(file: Path) -> bytes:
     if data.startswith(b"version https://git-lfs"):
         raise DataError(f"{file.name} is a git-lfs pointer, not the file itself: run `git lfs pull`")
     return data
-
 
 def read_tiktoken(file: Path) -> ByteBPE:
     """`qwen.tiktoken`: on each line a token in base64 and its id, its rank too; special tokens follow."""
@@ -414,7 +389,6 @@ def read_tiktoken(file: Path) -> ByteBPE:
         ids[base64.b64decode(token, validate=True).decode("latin-1").translate(SPELL)] = n
     special = {name: len(ids) + i for i, name in enumerate(QWEN_SPECIALS)}
     return ByteBPE(file, ids, special, ids, [QWEN_SPLIT], whole=True, between="")
-
 
 def read_merges(file: Path) -> ByteBPE:
     """Qwen2's `merges.txt`, vocab.json and tokenizer_config.json, which do not tell how a text is cut."""
@@ -429,7 +403,6 @@ def read_merges(file: Path) -> ByteBPE:
     if len(ranks) < len(vocab.keys() - special.keys()) - 256:
         raise DataError(f"{len(ranks)} merges cannot make {len(vocab)} tokens: cut short, download it again")
     return ByteBPE(file, vocab, special, ranks, [QWEN_SPLIT])
-
 
 def read_tokenizer_json(file: Path) -> ByteBPE:
     """`tokenizer.json` of a byte-level BPE, which tells itself how a text is cut into words."""
@@ -462,10 +435,8 @@ def read_tokenizer_json(file: Path) -> ByteBPE:
     nfc, whole = model["normalizer"] is not None, model.get("ignore_merges", False)
     return ByteBPE(file, model["vocab"], special, ranks, splits, nfc, whole)
 
-
 READERS = {"qwen.tiktoken": read_tiktoken, "tokenizer.model": SentencePiece,
            "tokenizer.json": read_tokenizer_json, "merges.txt": read_merges}
-
 
 def special_names(folder: Path) -> dict:
     """{"bos": name or None, "eos": ..., "pad": ...}, as tokenizer_config.json in the folder has it."""
@@ -476,7 +447,6 @@ def special_names(folder: Path) -> dict:
         token = config.get(f"{kind}_token")         # "<s>" or {"content": "<s>", ...}
         names[kind] = token["content"] if isinstance(token, dict) else token
     return names
-
 
 def load_tokenizer(path: str | Path) -> SentencePiece | ByteBPE:
     """The tokenizer of a checkpoint's folder, from the first of READERS' files in it, or from the file given.
@@ -498,182 +468,7 @@ def load_tokenizer(path: str | Path) -> SentencePiece | ByteBPE:
             raise DataError(f"{file} is cut short or of another kind, {error!r}: download it again") from None
     raise DataError(f"no tokenizer in {path}: copy {' or '.join(READERS)} there from the original checkpoint")
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading a pickle without running it. A pickle is a program for a small stack machine, and pickle.load calls
-# whatever the program names. The machine here knows only what plain data needs and calls nothing by name, so all
-# that a hostile or broken file can do is be refused. Large arrays stay views of the mapped file.
-
-
-class DataError(ValueError):
-    """The one exception for data that cannot be used: the file, what was found, what was expected, what to do."""
-
-
-ADVICE = (      # what was found, as a pattern, and what to do about it
-    ("version https://git-lfs", "this only points to the data: fetch them with `git lfs pull`"),
-    ("with b.<", "this is a web page: fetch the file again, the server answered with a page"),
-    (r"with b.[(\]}]| \w*STRING", 'if Python 2 wrote it, load it once with encoding="latin1" where you trust it, and '
-                                  "save it again with protocol=4"),
-    (r"with b.PK|'torch\.", "save plain arrays, of tensors their .numpy(), with pickle.dump"),
-    (r"'pandas\.", 'save tables as their .to_dict("list") or .to_numpy(), with pickle.dump'),
-    ("starts with", "expected a pickle of protocol 2 to 5: fetch it again, or write it with protocol=4"),
-    (r"\\r", "its line ends were changed on the way: transfer it again, in binary mode"),
-    ("cannot be read", "expected one whole pickle: fetch or write it again"),
-    ("", "expected dicts, lists, text, numbers, plain arrays: save yours so, and do not load this by other means"),
-)
-PLAIN = {str, bytes, memoryview, int, float, bool, type(None), list, tuple, dict, np.ndarray}
-DTYPE = re.compile("b1|[iu][1248]|f[248]|[US][1-9][0-9]{0,6}|O8?")
-CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-LENGTH = {"SHORT_BINUNICODE": 1, "BINUNICODE": 4, "BINUNICODE8": 8, "BINBYTES": 4, "BINBYTES8": 8, "BYTEARRAY8": 8}
-OPCODES = {ord(op.code): op for op in pickletools.opcodes}
-
-
-def read_pickle(path) -> object:
-    """The plain data in a pickle, protocols 2 to 5, numpy 1 or 2. Raises DataError for everything else.
-
-    Arrays are read-only views of the mapped file, perhaps unaligned or byte-swapped; those of objects come as lists.
-    """
-    data = b""
-    try:
-        if not os.path.isfile(path):        # a FIFO would wait for its other end
-            raise OSError("missing, or not a file")
-        with open(path, "rb") as file:
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        return PickleMachine(data).run()
-    except Exception as error:              # of any type: who knows what a broken file leads to
-        found = str(error) if isinstance(error, DataError) else f"cannot be read ({error!r})"
-    if data.find(b"\n", 0) > 0 and not re.search(rb"(?<!\r)\n", data):
-        found += r" and has \n only behind \r"
-    advice = next(advice for pattern, advice in ADVICE if re.search(pattern, found))
-    raise DataError(f"{path} {found:.250}; {advice}")
-
-
-@dataclass
-class Named:
-    """Stands for what the pickle names or begins to describe; once described, `made` is the real object."""
-    text: str                               # a function or class, the code of a dtype, or "array"
-
-
-class PickleMachine:
-    def __init__(self, data: mmap.mmap):
-        self.data, self.memo, self.stacks = data, {}, [[]]      # each mark begins another stack
-        self.budget = (32 << 20) + 24 * len(data)               # bytes of memory: plain data needs less
-
-    def spend(self, cost):
-        self.budget -= cost
-        if self.budget < 0:
-            raise DataError("would take far more memory than its size")
-
-    def take(self, op) -> list:
-        """The objects that an instruction takes from the stack: so many, or also all since the last mark."""
-        n, items = len(op.stack_before), []
-        if pickletools.stackslice in op.stack_before:
-            n, items = n - 2, self.stacks.pop()
-        return [self.stacks[-1].pop() for _ in range(n)][::-1] + items
-
-    def run(self):
-        """Follows the instructions to the last and returns the one object that they leave on the stack."""
-        data, memo = self.data, self.memo
-        if not re.match(rb"\x80[\x02-\x05]", data):
-            raise DataError(f"starts with {data[:64].lstrip()[:24]!r}")
-        while (op := OPCODES[data.read_byte()]).name != "STOP":
-            if op.arg is None and op.name not in CONSTANTS:
-                self.spend(64)              # about what a container or a memo entry takes; in the file, one byte
-            items = self.take(op) if op.stack_before else []
-            push = self.stacks[-1].append
-            match op.name:
-                case "BINGET" | "LONG_BINGET":
-                    found = memo[op.arg.reader(data)]
-                    push(getattr(found, "made", found))
-                case "MEMOIZE" | "BINPUT" | "LONG_BINPUT":
-                    self.stacks[-1] += items                    # what MEMOIZE took
-                    slot = op.arg.reader(data) if op.arg else len(memo)
-                    memo[slot] = self.stacks[-1][-1]
-                case "MARK":
-                    self.stacks.append([])
-                case name if name in LENGTH:
-                    n = int.from_bytes(data.read(LENGTH[name]), "little")
-                    data.seek(n, os.SEEK_CUR)       # raises beyond the end
-                    raw = memoryview(data)[data.tell() - n:data.tell()]
-                    push(str(raw, "utf-8") if "UNICODE" in name else raw)
-                case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT" | "SHORT_BINBYTES":
-                    push(op.arg.reader(data))
-                case "NONE" | "NEWTRUE" | "NEWFALSE":
-                    push(CONSTANTS[op.name])
-                case "EMPTY_LIST" | "EMPTY_DICT" | "EMPTY_TUPLE" | "TUPLE1" | "TUPLE2" | "TUPLE3" | "TUPLE":
-                    push(op.stack_after[0].obtype(items))       # list, dict or tuple
-                case "APPEND" | "APPENDS":
-                    push(items[0])
-                    items[0].extend(items[1:])
-                case "SETITEM" | "SETITEMS":
-                    if not {str}.issuperset(map(type, items[1::2])):    # others could be chosen to collide
-                        raise DataError("has a dict whose keys are not all text")
-                    push(items[0])
-                    items[0].update(zip(items[1::2], items[2::2], strict=True))
-                case "GLOBAL":
-                    push(Named(op.arg.reader(data).replace(" ", ".")))
-                case "STACK_GLOBAL":
-                    push(Named(".".join(items)))
-                case "REDUCE" | "BUILD":
-                    push(self.make(*items))
-                case "PROTO" | "FRAME":     # of use only to readers of streams
-                    op.arg.reader(data)
-                case _:
-                    names = [x.text for x in items if type(x) is Named]
-                    raise DataError(f"has the instruction {op.name} {ascii(names)}")
-        [[root]] = self.stacks              # one object, or it raises
-        if data.tell() < len(data):
-            raise ValueError("more follows the pickle")
-        return self.check(root)
-
-    def make(self, named, args):
-        """What numpy would make of a call or of a description, but for a file that says "2 GiB" and has 8 bytes."""
-        match named.text.replace("numpy._core.", "numpy.core."), args:      # numpy 2 and 1
-            case "numpy.core.multiarray._reconstruct", (Named("numpy.ndarray"), (0,), _):
-                return Named("array")
-            case "array", (_, shape, dtype, fortran, raw):
-                named.made = self.array(raw, dtype, shape, fortran)
-                return named.made
-            case "numpy.core.numeric._frombuffer", (raw, dtype, shape, order, *axes):
-                return self.array(raw, dtype, shape, order == "F", *axes)
-            case "numpy.core.multiarray.scalar", (dtype, raw):
-                return self.array(raw, dtype, (), False).item()
-            case "numpy.dtype", (str(code), _, _):
-                return Named(code)
-            case code, (3, "<" | ">" | "|" as order, None, None, None, _, _, _) if DTYPE.fullmatch(code):
-                named.made = np.dtype(code).newbyteorder(order)
-                return named.made
-            case "_codecs.encode", (str(text), "latin1"):       # how protocol 2 writes bytes
-                self.spend(len(text))
-                return text.encode("latin1")
-            case "__builtin__.bytes", ():
-                return b""
-        raise DataError(f"names {ascii(named.text)}, which is not plain data")
-
-    def array(self, raw, dtype, shape, fortran, axes=None):
-        self.spend(8 * len(raw))
-        if dtype.hasobject:     # a list in C order, whatever the array's order
-            return np.fromiter(raw, dtype, len(raw)).reshape(shape).tolist()
-        if dtype.kind == "U":   # raises if it is no text
-            str(raw, "utf-32-be" if dtype.str[0] == ">" else "utf-32-le")
-        array = np.frombuffer(raw, dtype).reshape(shape, order="F" if fortran else "C")
-        return array if axes is None else array.transpose(axes)
-
-    def check(self, x, depth=16):
-        """Nothing unfinished or cyclic is left, nor parts shared so often that a walk over all would not end."""
-        self.spend(16)
-        if type(x) not in PLAIN:
-            raise DataError("has a name or half an array in the place of data")
-        if depth == 0:
-            raise DataError("has containers more than 16 deep")
-        if type(x) in (dict, list, tuple):
-            for part in x.values() if type(x) is dict else x:
-                self.check(part, depth - 1)
-        return x
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Files: below a folder, else in the hub's cache, which is where downloads go
+# --- Files: below a folder, else in the hub's cache, which is where downloads go ----------------------------
 
 LLM_FILES = ["*.json", "*.model", "*.tiktoken", "merges.txt", "*.safetensors"]
 HUB_ADVICE = {      # for each kind of error of its client
@@ -681,7 +476,6 @@ HUB_ADVICE = {      # for each kind of error of its client
     "RepositoryNotFoundError": "check the name; if it is private, run: hf auth login",
     "GatedRepoError": "accept the licence on its page at the hub, make a token there, run: hf auth login",
 }
-
 
 def hub_folder(repo: str, kind: str, files: list, fetch: bool) -> Path | None:
     """Where the hub's client keeps files of a "model" or "dataset". `fetch`: gets them first, or DataError."""
@@ -698,7 +492,6 @@ def hub_folder(repo: str, kind: str, files: list, fetch: bool) -> Path | None:
         raise DataError(f"{repo} cannot be fetched ({reason}): {advice}; or by hand: "
                         f"hf download {repo} --repo-type {kind}") from None
 
-
 def find_llm(name, fetch: bool = False) -> Path:
     """The checkpoint's folder, given that or a hub name. Raises DataError that says how to get it."""
     if Path(name).is_dir():
@@ -711,11 +504,9 @@ def find_llm(name, fetch: bool = False) -> Path:
         hub_folder(str(name), "model", ["*.bin"], fetch)
     return folder
 
-
 def fetch_llm(name):
     """Download a backbone: config, tokenizer, weights (.bin only if there is no .safetensors)."""
     find_llm(name, fetch=True)
-
 
 def candidates(task: Task, root: Path, split: str) -> list[Path]:
     """The files in or below `root` that may be the published one of a split."""
@@ -727,7 +518,6 @@ def candidates(task: Task, root: Path, split: str) -> list[Path]:
     names = "|".join([task.name, *alike])
     return [path for path in sorted(root.rglob(published.name))
             if re.findall(names, str(path.absolute()).lower())[-1:] in ([], [task.name])]
-
 
 def find_data(task: Task, data_dir, split: str, fetch: bool = False) -> Path:
     """The published file of a split, anywhere below `data_dir`. Raises DataError that says how to get it."""
@@ -746,21 +536,17 @@ def find_data(task: Task, data_dir, split: str, fetch: bool = False) -> Path:
         raise DataError(f"{data_dir}: {len(found)} files could be {name}: {listed}; point --data-dir at one")
     return found[0]
 
-
 def fetch_data(task: Task, data_dir):
     """Download what of a data set is not below `data_dir`. Raises DataError."""
     for split in SPLITS:
         find_data(task, data_dir, split, fetch=True)
 
-
-# ------------------------------------------------------------------------------------------------------------
-# Rows and batches
+# --- Rows and batches ---------------------------------------------------------------------------------------
 
 FEATURES = ("audio", "video")
 FIELDS = ("text", "audio", "video", "label", "audio_len", "video_len", "id")    # the first four are required
 WRONG_TEXT = re.compile(r"[\x80-\x9f\ufffd]|â[€„]|[ÂÃ][\xa0-\xbf]|ðŸ|([ã-é][\xa0-\xbf]{2}){2}|^([nN]a[nN])$")
 TABLE_KEYS = ("raw_text", "audio", "vision", "regression_labels", "audio_lengths", "vision_lengths", "id")
-
 
 @dataclass
 class Split:
@@ -781,7 +567,6 @@ class Split:
     def features(self, kind: str, row: int) -> np.ndarray:
         """The real frames of a row's "audio" or "video"."""
         return getattr(self, kind)[row][:getattr(self, f"{kind}_len")[row]]
-
 
 def read_split(task: Task, file: Path, split: str) -> Split:
     """A split just as the file has it; `problems` looks at its rows. Raises DataError for another layout.
@@ -828,12 +613,10 @@ def read_split(task: Task, file: Path, split: str) -> Split:
     table["id"] = [str(row if name is None else name) for row, name in enumerate(table["id"])]
     return Split(**table, unused=sorted(map(str, raw.keys() - keys.values())), told=+told)
 
-
 def flat(row) -> dict:
     """A row of the first layout, its features beside its label; {} for anything else."""
     features = row.get("features") if isinstance(row, dict) else None
     return row | features if isinstance(features, dict) else {}
-
 
 def scalar(x):
     """A column's entry as Python's own text or number, 3.0 as 3; anything else as it is."""
@@ -843,7 +626,6 @@ def scalar(x):
         x = int(x)
     return str(x, "utf-8", "replace") if isinstance(x, (bytes, memoryview)) else x
 
-
 def number(task: Task, label) -> int | float | None:
     """A class's number, or the intensity; None for what is no label of the task."""
     if task.labels:
@@ -851,10 +633,8 @@ def number(task: Task, label) -> int | float | None:
     fits = isinstance(label, (int, float)) and task.range[0] <= label <= task.range[1]
     return float(label) if fits else None
 
-
 def is_features(x) -> bool:
     return isinstance(x, np.ndarray) and x.ndim == 2 and x.dtype.kind in "fiub" and x.shape[1] > 0
-
 
 def problems(task: Task, data: Split, widths: dict):
     """Yield (row, field, what it has, is that unusable?). widths: of features, the commonest unless given."""
@@ -885,14 +665,12 @@ def problems(task: Task, data: Split, widths: dict):
             elif length > 0 and not x[0].any() and x[length:].any():
                 yield row, kind, f"zeros in front of {kind} and features behind its length, not read", False
 
-
 def clean(x: np.ndarray) -> np.ndarray:
     """Features as fp32; NaN and both infinities become 0 (in the release, NaN of video and -inf of audio)."""
     with np.errstate(over="ignore"):
         x = x.astype(np.float32)
     x[~np.isfinite(x)] = 0
     return x
-
 
 def load_split(task: Task, data_dir, split: str) -> Split:
     """Read "train", "valid" or "test"; tells on stderr what is odd. Raises DataError for what is unusable."""
@@ -920,7 +698,6 @@ class Batch(NamedTuple):
     video_len: torch.Tensor         # (B,)
     label: list
 
-
 def collate(split: Split, rows) -> Batch:
     """The batch of these row numbers."""
     def padded(kind):
@@ -934,7 +711,6 @@ def collate(split: Split, rows) -> Batch:
     text, label = [split.text[row] for row in rows], [split.label[row] for row in rows]
     return Batch(text, *padded("audio"), *padded("video"), label)
 
-
 def epoch_rows(n: int, size: int, seed: int | None = None, epoch: int = 0) -> list:
     """Row numbers of each batch: a pure function of (seed, epoch); in the file's order without a seed.
     Rows of like lengths would need less padding, but are no random samples: on MELD they scored worse."""
@@ -942,118 +718,14 @@ def epoch_rows(n: int, size: int, seed: int | None = None, epoch: int = 0) -> li
     order = np.arange(n) if seed is None else np.random.RandomState([seed, epoch]).permutation(n)
     return [order[i:i + size].tolist() for i in range(0, n, size)]
 
-
 def batches(split: Split, size: int, seed: int | None = None, epoch: int = 0):
     """Yield the epoch's batches of `size` rows; the last may be smaller."""
     for rows in epoch_rows(len(split), size, seed, epoch):
         yield collate(split, rows)
 
-
-# ------------------------------------------------------------------------------------------------------------
-# The check: what a data set holds, in words, and its problems
-
-
-def check(task: Task, data_dir, tokenizer=None, shown: int = 10) -> int:
-    """Print what a data set holds, then its problems by row, some of each kind; returns their number."""
-    splits, widths, found, published = {}, {}, defaultdict(list), False
-    for split in SPLITS:
-        file = find_data(task, data_dir, split)
-        data, bad = read_split(task, file, split), set()
-        print(f"{split}: {beside(len(data), task.rows.get(split))} rows in {file}")
-        if task.sha256 and split == SPLITS[0]:          # the published files have odd values and doubles
-            published = hashlib.sha256(np.memmap(file, mode="r")).hexdigest() == task.sha256
-            print(f"  sha256   {'as published' if published else 'not the published one: another version'}")
-        for row, name, has, unusable in problems(task, data, widths):
-            if unusable:
-                bad.add(row)
-            if unusable or not published:
-                found[split, name].append((row, has))
-        rows = [row for row in range(len(data)) if row not in bad]
-        splits[split] = data, rows
-        if rows:
-            describe(task, data, rows, tokenizer)
-    for split, row, has in compare(task, splits):
-        if not published:
-            found[split, "double"].append((row, has))
-    for (split, name), listed in found.items():
-        for row, has in listed[:shown]:
-            print(f"problem: {split} row {row} has {has}")
-        if len(listed) > shown:
-            print(f"problem: {len(listed) - shown:,} more such rows of {split} ({name})")
-    n = sum(map(len, found.values()))
-    print(f"{task.name}: {n:,} problems{', rows counted from 0' if n else ''}")
-    return n
-
-
-def beside(found, published) -> str:
-    note = "as published" if found == published else f"published: {published}"
-    return f"{found} ({note})" if published else f"{found}"
-
-
-def describe(task: Task, data: Split, rows: list, tokenizer):
-    """Print what these rows hold: texts, features, labels."""
-    texts, cut = [data.text[row] for row in rows], ""
-    sizes = [len(text) for text in texts]
-    if tokenizer is not None:
-        n = sum(len(tokenizer.encode(text)) > task.text_len for text in texts)
-        cut = f"; {n} ({n / len(rows):.1%}) have more than {task.text_len} tokens and will be cut"
-    print(f"  text     {min(sizes)} to {max(sizes)} characters, {sizes.count(0)} empty{cut}")
-    for kind in FEATURES:
-        lengths, figures = [getattr(data, f"{kind}_len")[row] for row in rows], []
-        for row in rows:
-            x = clean(data.features(kind, row)).astype(float)
-            low, high = x.min(initial=math.inf), x.max(initial=-math.inf)
-            figures.append((low, high, x.size, x.sum(), (x * x).sum()))
-        low, high, n, total, squares = np.array(figures).T
-        shapes = sorted({getattr(data, kind)[row].shape for row in rows})
-        shape = f"{shapes[0]}" if len(shapes) == 1 else f"{shapes[0]} to {shapes[-1]}"
-        published = str((getattr(task, f"{kind}_len"), getattr(task, f"{kind}_dim")))
-        dtypes = ", ".join(sorted({str(getattr(data, kind)[row].dtype) for row in rows}))
-        zero = np.sum((n > 0) & (squares == 0))
-        print(f"  {kind:8} {beside(shape, published)}, {dtypes}; lengths {min(lengths)} to {max(lengths)}; "
-              f"missing in {lengths.count(0)} rows, all zero in {zero}")
-        if zero == np.sum(n > 0) > 0:
-            print(f"  remark   {kind} is zero in every row that has it")
-        if n.any():
-            mean = total.sum() / n.sum()
-            std = math.sqrt(max(0, squares.sum() / n.sum() - mean ** 2))
-            print(f"           {low.min():.3g} to {high.max():.3g}, mean {mean:.3g}, std {std:.3g}")
-    for has, n in data.told.items():
-        print(f"  remark   {n} rows have {has}")
-    print(f"  unused   {', '.join(data.unused) or 'nothing else is in the file'}")
-    labels, names = [number(task, data.label[row]) for row in rows], task.labels
-    if not names:                       # a bar for each step in the range of an intensity
-        low, high = task.range
-        step = 1.0 if high > 1 else 0.2
-        names = [f"{low + i * step:+.1f}" for i in range(round((high - low) / step) + 1)]
-        labels = [round((y - low) / step) for y in labels]
-    for i, name in enumerate(names):
-        share = labels.count(i) / len(rows)
-        print(f"  {name:8} {labels.count(i):6,} {share:6.1%} {'#' * round(60 * share)}".rstrip())
-
-
-def compare(task: Task, splits: dict) -> list:
-    """The rows that are in two splits: (split, row, what it has). Texts and ids in two are only counted."""
-    texts, ids, first, doubles, known = Counter(), Counter(), {}, [], 0
-    for split, (data, rows) in splits.items():
-        texts.update({data.text[row] for row in rows})
-        ids.update({data.id[row] for row in rows if data.id[row] != str(row)})      # ids of their own
-        for row in rows:
-            text, features = data.text[row], [clean(data.features(kind, row)) for kind in FEATURES]
-            content = hash((text, data.label[row], *(x.tobytes() for x in features)))
-            before, twin = first.setdefault(content, (split, row))
-            if before == split or not any(x.any() for x in features):       # without features: only a text
-                continue
-            known += text in task.twins
-            if text not in task.twins:
-                doubles.append((split, row, f"text, label and features of {before} row {twin}"))
-    texts, ids = sum(n > 1 for n in texts.values()), sum(n > 1 for n in ids.values())
-    print(f"in more than one split: {texts:,} texts, {ids:,} ids, {len(doubles) + known:,} whole rows "
-          f"({known} of them known)")
-    return doubles
-
-
 def main(argv=None) -> int:
+    from extras.check import check
+
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=TASKS, help="the data set")
@@ -1071,7 +743,6 @@ def main(argv=None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-
 
 if __name__ == "__main__":
     sys.exit(main())

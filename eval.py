@@ -26,15 +26,13 @@ from tqdm import tqdm
 
 from adapter import MultimodalLLM, load_adapter
 from data import FEATURES, HERE, SPLITS, TASKS, Split, Task
-from data import clean, collate, find_llm, load_split, load_tokenizer, special_ids
+from data import clean, collate, find_llm, load_split, load_tokenizer
 from model import load_llm, read_json, write_atomic
 
-# ------------------------------------------------------------------------------------------------------------
-# Answers: the LLM's text -> a number, or None
+# --- Answers: the LLM's text -> a number, or None -----------------------------------------------------------
 
 CLASS, INTENSITY = r"[0-9]+", r"[+-]?[0-9]+(\.[0-9]+)?"         # not \d, which takes "٣" too
 OFFICIAL = str.maketrans("–一", "--", "：:/(")                  # the release's: two become "-", four go
-
 
 def parse_answer(text: str, task: Task, official: bool = False) -> float | None:
     """The number that an answer is, in the task's range or not; None where it is anything but one number.
@@ -50,15 +48,11 @@ def parse_answer(text: str, task: Task, official: bool = False) -> float | None:
     number = re.fullmatch(CLASS if task.labels else INTENSITY, text.strip())
     return float(number[0]) if number else None
 
-
 def in_range(value: float, task: Task) -> bool:
     """Whether a parsed answer is one of the task's classes, or an intensity within its range."""
     return value in task.values() if task.labels else task.range[0] <= value <= task.range[1]
 
-
-# ------------------------------------------------------------------------------------------------------------
-# Metrics: (pred, true) -> {name: value}. A prediction that is None, nan or no class is wrong in each class.
-
+# --- Metrics: (pred, true) -> {name: value}. A prediction that is None, nan or no class is wrong in each class.
 
 def confusion(pred, true, n: int) -> np.ndarray:
     """(n, n + 1) counts: row the true class, column the predicted one, the last one for no class at all."""
@@ -68,14 +62,12 @@ def confusion(pred, true, n: int) -> np.ndarray:
     column = np.where(np.isin(pred, np.arange(n)), pred, n).astype(int)
     return np.bincount(true * (n + 1) + column, minlength=n * (n + 1)).reshape(n, n + 1)
 
-
 def per_class(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Of each class in `counts`, as in scikit-learn: precision = hits / predicted, recall = hits / true,
     F1 = 2 hits / (predicted + true), 0 where that is 0 / 0, and support = true."""
     hits, predicted, true = counts.diagonal(), counts[:, :-1].sum(axis=0), counts.sum(axis=1)
     f1 = 2 * hits / np.maximum(predicted + true, 1)
     return hits / np.maximum(predicted, 1), hits / np.maximum(true, 1), f1, true
-
 
 def accuracy_f1(pred, true) -> tuple[float, float]:
     """The share of rows with pred = true, and the mean of the classes' F1 by their support."""
@@ -84,7 +76,6 @@ def accuracy_f1(pred, true) -> tuple[float, float]:
     counts = confusion(pred, true, int(np.max(true)) + 1)       # a class above is never true: its weight is 0
     _, _, f1, support = per_class(counts)
     return float(counts.trace() / len(true)), float(f1 @ support / len(true))
-
 
 def mae_corr_r2(pred: np.ndarray, true: np.ndarray) -> tuple[float, float, float]:
     """mean |pred - true|; Pearson's r; 1 - mean (true - pred)^2 / variance of true."""
@@ -98,7 +89,6 @@ def mae_corr_r2(pred: np.ndarray, true: np.ndarray) -> tuple[float, float, float
         return mae, nan, r2
     return mae, float(np.corrcoef(pred, true)[0, 1]), r2
 
-
 def intensities(pred, true) -> np.ndarray:
     """(2, rows), pred and true, rounded to float32 as the release compares. Edges are rounded alike: a true
     0.4 is on the edge 0.4 be it stored as float32 or as 0.4000000000000001."""
@@ -107,22 +97,18 @@ def intensities(pred, true) -> np.ndarray:
     with np.errstate(over="ignore"):                            # an answer of 1e300 becomes inf
         return both.astype(np.float32).astype(float)
 
-
 def bins(x: np.ndarray, edges: list[float], right: bool = True) -> np.ndarray:
     """The bin of each value, 0..len(edges), closed on the right or else on the left; nan is in none, -1."""
     return np.where(np.isnan(x), -1, np.digitize(x, np.float32(edges), right))
-
 
 def whole(x: np.ndarray, top: int) -> np.ndarray:
     """Values clipped to [-top, top] and rounded half to even, as classes 0..2 top."""
     return np.round(np.clip(x, -top, top)) + top
 
-
 def class_metrics(pred, true) -> dict[str, float]:
     """Emotion classes. accuracy: share of rows with pred = true; weighted_f1: mean of F1 by support."""
     accuracy, weighted_f1 = accuracy_f1(pred, true)
     return dict(accuracy=accuracy, weighted_f1=weighted_f1)
-
 
 def mosei_metrics(pred, true) -> dict[str, float]:
     """CMU-MOSEI and CMU-MOSI, intensities -3..3. F1 is weighted by support, over the two bins of its acc2.
@@ -140,9 +126,7 @@ def mosei_metrics(pred, true) -> dict[str, float]:
     return dict(has0_acc2=has0_acc2, has0_f1=has0_f1, non0_acc2=non0_acc2, non0_f1=non0_f1,
                 acc5=acc5, acc7=acc7, mae=mae, corr=corr)
 
-
 SIMS_EDGES = [-0.7, -0.1, 0.1, 0.7]
-
 
 def simsv2_metrics(pred, true) -> dict[str, float]:
     """CH-SIMS v2, intensities -1..1: both sides are clipped to that first. Bins are closed on the right.
@@ -159,20 +143,17 @@ def simsv2_metrics(pred, true) -> dict[str, float]:
     mae, corr, r2 = mae_corr_r2(*both)
     return dict(acc2=acc2, f1=f1, weak_acc2=weak_acc2, acc3=acc3, acc5=acc5, mae=mae, corr=corr, r2=r2)
 
-
 def metrics_of(task: Task):
     """The task's metrics: for classes, for intensities within -1..1, or for larger ones."""
     if task.labels:
         return class_metrics
     return simsv2_metrics if task.range[1] <= 1 else mosei_metrics
 
-
 METRICS = {name: metrics_of(task) for name, task in TASKS.items()}
 WHY_NAN = {"corr": "predictions or true values are constant or no numbers",
            "r2": "true values are constant, or a prediction is no number",
            "mae": "a prediction is no number", "weak_acc2": "no true value within 0.4 of 0",
            "non0_acc2": "no true value but 0", "non0_f1": "no true value but 0"}
-
 
 def bootstrap(metric, pred, true, seed: int = 0, draws: int = 1000) -> dict[str, tuple[float, float]]:
     """{name: (low, high)}: the 95 % percentile interval of each score of `metric`, over `draws` resamplings
@@ -190,13 +171,10 @@ def bootstrap(metric, pred, true, seed: int = 0, draws: int = 1000) -> dict[str,
         intervals[name] = values[beyond], values[-1 - beyond]
     return intervals
 
-
-# ------------------------------------------------------------------------------------------------------------
-# Evaluation
+# --- Evaluation ---------------------------------------------------------------------------------------------
 
 DECODE = ("greedy", "labels")           # what the LLM writes, as in the paper, or the labels' probabilities
 READOUT = ("mean", "mode")              # of those, for intensities; a class is always the most probable
-
 
 @dataclass
 class Result:
@@ -239,14 +217,12 @@ class Result:
                 line += [f"{precision:.4f}", f"{recall:.4f}", f"{f1:.4f}"]
         return aligned(lines)
 
-
 def in_words(scores: dict[str, float]) -> str:
     words = []
     for name, x in scores.items():
         why = f" ({WHY_NAN.get(name, 'no rows')})" if np.isnan(x) else ""
         words.append(f"{name.replace('_', ' ')} {x:.4f}{why}")
     return ", ".join(words)
-
 
 def aligned(lines) -> str:
     """Lines of cells as text in columns, flush right."""
@@ -258,7 +234,6 @@ def aligned(lines) -> str:
         cells = [" " * (n - width(cell)) + str(cell) for n, cell in zip(widths, line)]
         text.append("  ".join(cells).rstrip())
     return "\n".join(text)
-
 
 def score(answers: list, true: list, task: Task, official: bool = False) -> Result:
     """Parse and score. A class answer that did not parse or is no class is wrong; an intensity that did not
@@ -272,7 +247,6 @@ def score(answers: list, true: list, task: Task, official: bool = False) -> Resu
         pred = pred.clip(*task.range)
     return Result(task, true, answers, values, pred, unparsed, out_of_range)
 
-
 def score_labels(probabilities: np.ndarray, true: list, task: Task, readout: str = "mean") -> Result:
     """Score the probabilities (rows, labels): the most probable class; an intensity's mean or mode."""
     pred = mode = np.array(task.values())[probabilities.argmax(axis=1)]
@@ -280,13 +254,11 @@ def score_labels(probabilities: np.ndarray, true: list, task: Task, readout: str
         pred, _ = moments(probabilities, task)
     return Result(task, true, [str(x) for x in mode], pred.tolist(), pred, probabilities=probabilities)
 
-
 def moments(probabilities: np.ndarray, task: Task) -> np.ndarray:
     """Mean and standard deviation of each row's intensity, (2, rows)."""
     labels = np.array(task.values())
     mean = probabilities @ labels
     return np.stack((mean, np.sqrt(np.maximum(probabilities @ labels**2 - mean**2, 0))))
-
 
 @torch.no_grad()
 def label_logprobs(net: MultimodalLLM, batch):
@@ -315,13 +287,11 @@ def label_logprobs(net: MultimodalLLM, batch):
             scores[:, k] = path + after[:, -1, net.labels[k][-1]]
     return scores.log_softmax(dim=-1)
 
-
 def rows_by_length(net: MultimodalLLM, split: Split, size: int) -> list:
     """Row numbers of each batch, sorted by the tokens of their texts: like lengths need little padding."""
     lengths = [len(net.tokenizer.encode(text)) for text in split.text]
     order = sorted(range(len(split)), key=lengths.__getitem__)
     return [order[i:i + size] for i in range(0, len(order), size)]
-
 
 def evaluate(net: MultimodalLLM, split: Split, size: int, name: str = "", decode: str = "greedy",
              readout: str = "mean") -> Result:
@@ -335,7 +305,6 @@ def evaluate(net: MultimodalLLM, split: Split, size: int, name: str = "", decode
     if decode == "greedy":
         return score(outputs, split.label, net.task, net.official)
     return score_labels(torch.stack(outputs).exp().double().cpu().numpy(), split.label, net.task, readout)
-
 
 def collapsed(result: Result, labels: list, task: Task) -> str:
     """A warning if the answers hardly differ, with what their one value alone would score; or "".
@@ -355,7 +324,6 @@ def collapsed(result: Result, labels: list, task: Task) -> str:
     alone = in_words(metrics_of(task)(np.full(n, value), labels))
     return f"looks collapsed: {found} alone scores {alone}" if hardly else ""
 
-
 def side_by_side(results: dict[str, Result]) -> str:
     """A line per score, a column per way of decoding, each score with its 95 % interval."""
     lines = [["", *(f"{decode} [95 % interval]" for decode in results)]]
@@ -367,7 +335,6 @@ def side_by_side(results: dict[str, Result]) -> str:
         lines.append(line)
     lines.append(["unparsed", *(f"{r.unparsed}/{len(r.true)}" for r in results.values())])
     return aligned(lines)
-
 
 def write_results(folder, split: Split, results: dict[str, Result], ending: str = ""):
     """Write metrics.json and predictions.csv into a folder; `ending` goes behind both names."""
@@ -387,7 +354,6 @@ def write_results(folder, split: Split, results: dict[str, Result], ending: str 
     write_atomic(Path(folder) / f"metrics{ending}.json", text.encode())
     write_predictions(Path(folder) / f"predictions{ending}.csv", split, list(results.values()))
 
-
 def write_predictions(path, split: Split, results: list[Result]):
     """One line per row: id, text, truth, the first result's answer, what it parsed as (empty if it did not)
     and, if a result has probabilities, that of each class, or an intensity's mean and standard deviation."""
@@ -404,10 +370,7 @@ def write_predictions(path, split: Split, results: list[Result]):
     csv.writer(file).writerows([head, *zip(*columns)])
     write_atomic(path, file.getvalue().encode("utf-8-sig"))     # a byte order mark, for spreadsheets
 
-
-# ------------------------------------------------------------------------------------------------------------
-# What the modalities are worth
-
+# --- What the modalities are worth --------------------------------------------------------------------------
 
 def variants(split: Split) -> dict[str, Split]:
     """The split as it is, with modalities missing, with one's features in other rows, and without text."""
@@ -425,14 +388,12 @@ def variants(split: Split) -> dict[str, Split]:
         "video shuffled": replace(split, video=moved(split.video), video_len=moved(split.video_len)),
         "text empty": replace(split, text=[""] * len(split))}
 
-
 def ablation(net: MultimodalLLM, split: Split, size: int, decode: str = "greedy",
              readout: str = "mean") -> list[str]:
     """One line per modality dropped from the same trained model, and for both."""
     parts = {name: part for name, part in variants(split).items() if name.startswith("without")}
     results = {name: evaluate(net, part, size, name, decode, readout) for name, part in parts.items()}
     return [f"test {name}: {result.line()}" for name, result in results.items()]
-
 
 def ablation_table(results: dict[str, Result]) -> str:
     """Of each variant the first score and the one that selects, and their differences to `all`."""
@@ -456,10 +417,7 @@ def ablation_table(results: dict[str, Result]) -> str:
         lines.append([*line, f"{result.unparsed}/{len(result.true)}"])
     return aligned(lines)
 
-
-# ------------------------------------------------------------------------------------------------------------
-# One clip
-
+# --- One clip -----------------------------------------------------------------------------------------------
 
 def feature_range(split: Split) -> dict[str, list]:
     """{"audio": [low, high], "video": ...}: each feature's least and largest value over all real frames."""
@@ -472,125 +430,7 @@ def feature_range(split: Split) -> dict[str, list]:
             ranges[m] = [np.min(low, axis=0).tolist(), np.max(high, axis=0).tolist()]
     return ranges
 
-
-def read_features(path, width: int) -> np.ndarray:
-    """The numbers (frames, width) in a .npy file. Raises ValueError if it holds anything else."""
-    try:
-        x = np.lib.format.open_memmap(path, mode="r")
-    except Exception as error:          # whatever a damaged or hostile file provokes, it was refused
-        raise ValueError(f"{path}: not a .npy file of numbers ({error})") from None
-    if x.ndim != 2 or len(x) == 0 or x.shape[1] != width or x.dtype.kind not in "fiub":
-        raise ValueError(f"{path}: holds {x.dtype} {x.shape}; expected numbers (frames, {width})")
-    return x
-
-
-def oddities(x: np.ndarray, modality: str, ranges: dict) -> list[str]:
-    """What is strange about a clip's features: missing, not finite, or far outside those of training."""
-    if len(x) == 0:
-        return [f"{modality}: none given, taken as missing"]
-    notes, bad = [], np.count_nonzero(~np.isfinite(x))
-    if bad:
-        notes.append(f"{modality}: {bad} values are not finite and count as 0")
-    if modality not in ranges:
-        return [*notes, f"{modality}: not compared with the training data, whose range was not recorded"]
-    x, (low, high) = clean(x), np.array(ranges[modality])
-    outside = np.maximum(low - x, x - high).max(axis=0)         # of each feature, by how much
-    far = np.flatnonzero(outside > high - low)                  # by more than all of its range
-    if len(far) > 0:
-        k = far[0]
-        notes.append(f"{modality}: {len(far)} of {len(low)} features are far outside the training data; "
-                     f"feature {k} is {x[:, k].min():.4g} to {x[:, k].max():.4g}, "
-                     f"there {low[k]:.4g} to {high[k]:.4g}")
-    return notes
-
-
-def clip(net: MultimodalLLM, text: str, paths: dict, ranges: dict) -> dict:
-    """Answer one clip, and again without each part. paths: {modality: .npy file, or None: missing}."""
-    task, columns, notes = net.task, {}, []
-    for m in FEATURES:
-        width = getattr(net.adapter.config, f"{m}_dim")
-        x = read_features(paths[m], width) if paths[m] else np.zeros((0, width))
-        columns |= {m: [x], f"{m}_len": [len(x)]}
-        notes += oddities(x, m, ranges)
-    tokens = len(net.tokenizer.encode(text))
-    if tokens > task.text_len:
-        notes.append(f"text: of {tokens} tokens the first {task.text_len} are read")
-    row = Split([text], **columns, label=task.values()[:1], id=["clip"])      # nobody looks at the label
-    names, answers = list(task.labels) or [f"{y:+.1f}" for y in task.values()], {}
-    parts = {name: part for name, part in variants(row).items() if "shuffled" not in name}
-    for name, part in parts.items():
-        p = evaluate(net, part, 1, decode="labels").probabilities
-        answers[name] = {"label": names[p.argmax()], "probability": p.max()}
-        if not task.labels:
-            answers[name] |= zip(("mean", "std"), moments(p, task)[:, 0])
-        answers[name]["probabilities"] = dict(zip(names, p[0]))
-    found, greedy = answers.pop("all"), evaluate(net, row, 1).answers[0]
-    return {**found, "greedy": greedy, "changes": answers, "notes": notes}
-
-
-def clip_text(found: dict) -> str:
-    """What `clip` returns, for people: a line per label, a column for the clip and one without each part."""
-    answers = [found, *found["changes"].values()]
-    lines = [["", "clip", *found["changes"]], ["answer", *(answer["label"] for answer in answers)]]
-    for name in found["probabilities"]:
-        row = [answer["probabilities"][name] for answer in answers]
-        if len(found["probabilities"]) < 10 or max(row) > 0.01:         # of 21 or 61 the likely ones
-            lines.append([name, *(f"{p:.3f}" for p in row)])
-    for key in ("mean", "std"):
-        if key in found:
-            lines.append([key, *(f"{answer[key]:.3f}" for answer in answers)])
-    notes = [f"greedy answer {found['greedy']!r}", *found["notes"]]
-    return "\n".join([aligned(lines), *notes])
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The backbone itself
-
-PROMPTS = ("Once upon a time", "The capital of France is", "1 + 1 =", "今天天气很好，")
-
-
-def embed_prompt(llm, tokenizer, task: Task, text: str):
-    """A text behind the backbone's own first tokens, (1, T, C)."""
-    bos, _, _ = special_ids(task.wording(llm.config.family), tokenizer)
-    return llm.embed(torch.tensor([bos + tokenizer.encode(text)], device=llm.embed.weight.device))
-
-
-def ask(net: MultimodalLLM, text: str, new_tokens: int = 100) -> str:
-    """How the frozen backbone goes on with a text, greedily; the adapter has no part in it."""
-    x = embed_prompt(net.llm, net.tokenizer, net.task, text)
-    n = max(1, min(new_tokens, net.llm.config.max_len - x.size(1)))
-    return net.tokenizer.decode(net.llm.generate(x, n, eos_id=net.eos_id)[0].tolist())
-
-
-@torch.no_grad()
-def fingerprints(llm, tokenizer, task: Task) -> list:
-    """The logits at every token of PROMPTS, and a checksum over the bits of every tensor."""
-    prompts = [embed_prompt(llm, tokenizer, task, text) for text in PROMPTS]
-    logits = [llm.logits(llm(x)).cpu() for x in prompts]
-    return logits + [p.view(torch.int16).sum().cpu() for p in llm.parameters()]
-
-
-def check_backbone(net: MultimodalLLM, fresh: list, batch) -> str:
-    """Answer a batch, take a training step on it, then compare the backbone bit by bit with `fresh`, the
-    fingerprints of a copy that never saw an adapter. Raises ValueError if they differ."""
-    net.answer(batch)
-    label_logprobs(net, batch)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)            # the frozen ones too
-    net.loss(batch).backward()
-    optimizer.step()
-    found = fingerprints(net.llm, net.tokenizer, net.task)
-    wrong = sum(not torch.equal(now, before) for now, before in zip(found, fresh, strict=True))
-    if wrong:
-        raise ValueError(f"the backbone changed: {wrong} of {len(fresh)} fingerprints are not a fresh copy's")
-    return (f"backbone unchanged: logits of {len(PROMPTS)} prompts and bits of {len(fresh) - len(PROMPTS)} "
-            f"tensors are a fresh copy's after {len(batch.text)} answers and a training step")
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Command line
-
-
-
+# --- Command line -------------------------------------------------------------------------------------------
 
 def score_split(net: MultimodalLLM, split: Split, run: Path, settings: dict, args):
     """Print and write what a split scores: first as the run was selected, then the other way of decoding."""
@@ -606,7 +446,6 @@ def score_split(net: MultimodalLLM, split: Split, run: Path, settings: dict, arg
     print(f"{side_by_side(results)}\n\n{first}:\n{results[first].table()}\n")
     write_results(run, split, results, f"-{args.split}")        # the run's own record, without ending, stays
     print(f"wrote {run}/metrics-{args.split}.json and predictions-{args.split}.csv")
-
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
@@ -630,8 +469,9 @@ def parse_args():
         parser.error("--audio, --video and --json belong to --text, which may be empty")
     return args
 
-
 def main():
+    from extras import backbone, clip
+
     args = parse_args()
     file = args.run / "settings.json"
     if not file.is_file():
@@ -644,21 +484,21 @@ def main():
     path, dtype = find_llm(args.llm or settings["llm"] or task.llm), getattr(torch, settings["dtype"])
     tokenizer = load_tokenizer(path)
     if args.check_backbone:             # the fresh copy is gone before the other comes
-        fresh = fingerprints(load_llm(path, device, dtype), tokenizer, task)
+        fresh = backbone.fingerprints(load_llm(path, device, dtype), tokenizer, task)
     llm = load_llm(path, device, dtype)
     net = load_adapter(args.run / "adapter.safetensors", llm, tokenizer, task, settings["official"])
     if args.ask is not None:
-        print(ask(net, args.ask))
+        print(backbone.ask(net, args.ask))
         return
     if args.text is not None:
         paths = {"audio": args.audio, "video": args.video}
-        found = clip(net, args.text, paths, read_json(args.run / "features.json"))
-        print(json.dumps(found, ensure_ascii=False, indent=1) if args.json else clip_text(found))
+        found = clip.clip(net, args.text, paths, read_json(args.run / "features.json"))
+        print(json.dumps(found, ensure_ascii=False, indent=1) if args.json else clip.clip_text(found))
         return
     split = load_split(task, args.data_dir or settings["data_dir"] or HERE / task.home, args.split)
     if args.check_backbone:
         batch = collate(split, range(min(settings["eval_batch"], len(split))))
-        print(check_backbone(net, fresh, batch))
+        print(backbone.check_backbone(net, fresh, batch))
     elif args.ablate:
         way = args.decode or settings["decode"], args.readout or settings["readout"]
         results = {}
@@ -667,7 +507,6 @@ def main():
         print(ablation_table(results))
     else:
         score_split(net, split, args.run, settings, args)
-
 
 if __name__ == "__main__":
     try:

@@ -11,7 +11,6 @@ predictions.csv and metrics.json (the test split), and last of all results.json.
 continues what was interrupted, to the same bytes; finished runs are left alone.
 """
 import argparse
-import csv
 import hashlib
 import io
 import json
@@ -24,14 +23,14 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
 from adapter import AdapterConfig, MSEAdapter, MultimodalLLM, save_adapter
 from data import FEATURES, HERE, SPLITS, TASKS, Split, collate, epoch_rows, fetch_data, fetch_llm
-from data import family_words, find_llm, load_split, load_tokenizer, preset
+from data import find_llm, load_split, load_tokenizer, preset
 from eval import DECODE, READOUT, ablation, collapsed, evaluate, feature_range, write_results
+from extras.report import curves, recorded, summarize
 from model import Config, load_llm, read_json, write_atomic
 
 try:
@@ -345,26 +344,6 @@ def publish(run: Run):
         write_atomic(run.folder / "curves.svg", curves(run.log, run.task.select, run.best_epoch()).encode())
         save_adapter(run.folder / "adapter.safetensors", run.best)
 
-def curves(log: list, metric: str, best_epoch: int) -> str:
-    """Loss, learning rate and validation score by epoch as an SVG picture, for light and dark pages."""
-    picture = ('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 840 200" font-family="sans-serif" '
-               'font-size="12" fill="#777">\n')
-    titles = {"loss": "training loss", "learning_rate": "learning rate at the epoch's end",
-              f"valid_{metric}": f"valid {metric}, best: epoch {best_epoch}".replace("_", " ")}
-    for i, (key, title) in enumerate(titles.items()):
-        values = np.array([entry[key] for entry in log])
-        low, high = values.min(), values.max()
-        x = np.linspace(0, 200, len(log))
-        y = 160 - 120 * (values - low) / (high - low or 1)
-        line = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y))
-        best = f'cx="{x[best_epoch - 1]:.1f}" cy="{y[best_epoch - 1]:.1f}"'
-        picture += (f'<g transform="translate({60 + 280 * i})"><text y="20">{title}</text>\n'
-                    f'<text x="-54" y="44">{high:.3g}</text> <text x="-54" y="164">{low:.3g}</text> '
-                    f'<text y="182">epoch 1 to {len(log)}</text> <path d="M0 36V164H204" stroke="#777" '
-                    f'fill="none"/>\n<polyline points="{line}" stroke="#28d" fill="none"/> '
-                    f'<circle {best} r="4" fill="#c50"/></g>\n')
-    return picture + "</svg>\n"
-
 WRITTEN = ("results.json", "state-*", "adapter.safetensors", "log.jsonl", "curves.svg", "predictions*.csv",
            "metrics*.json", "features.json", "settings.json")
 
@@ -437,43 +416,6 @@ def compare(file: Path, settings: dict):
         if name not in FREE and before.get(name) != value:
             raise ValueError(f"{file.parent}: begun with {name} {before.get(name)!r:.60}, now {value!r:.60}; "
                              "continue as it began, choose another --out, or discard it with --overwrite")
-
-def summarize(records: list[dict], out: Path):
-    """Write results.csv, a row per seed; print several with mean, std, worst and the release's figure."""
-    columns, text = [name for name in records[0] if name != "line"], io.StringIO()
-    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(records)
-    write_atomic(out / "results.csv", text.getvalue().encode())
-    if len(records) == 1:
-        return
-    names = [name[5:] for name in columns if name.startswith("test_") and name != "test_rows"]
-    table = np.array([[record.get(f"test_{name}") for name in names] for record in records], float)
-    lower = [name in ("mae", "unparsed") for name in names]             # where less is better
-    rows = {record["seed"]: line for record, line in zip(records, table)}
-    rows |= {"mean": table.mean(0), "std": table.std(0, ddof=1)}
-    rows["worst"] = np.where(lower, table.max(0), table.min(0))
-    print("seed".ljust(10) + "".join(name.rjust(13) for name in names))
-    for label, values in rows.items():
-        print(f"{label!s:10}" + "".join(f"{v:13.4f}" for v in values))
-    task, published = TASKS[records[0]["data"]], recorded(records[0]["family"], records[0]["data"])
-    if records[0]["test_rows"] != task.rows.get("test", records[0]["test_rows"]):
-        return                                      # other data have nothing to compare with
-    note = published.pop("note", None)
-    for name, (mean, std) in published.items():
-        line = f"{name}: the release recorded {mean:.4f}"
-        ours = table[:, names.index(name)].mean()
-        if std is None:
-            print(f"{line}; here {ours:.4f}")
-        else:
-            print(f"{line} +- {std:.4f}; here {ours:.4f}, {(ours - mean) / std:+.1f} of its standard deviations")
-    if note:
-        print(f"note: {note}")
-
-def recorded(family: str, task: str) -> dict:
-    """What the release recorded of a pair, {metric: [mean, std over five seeds or null]}, and a note."""
-    figures = json.loads((HERE / "docs" / "release.json").read_text(encoding="utf-8"))
-    return figures.get(f"{family_words(family).name} {task}", {})
 
 def main(argv=None):
     settings = parse_settings(argv)

@@ -13,6 +13,7 @@ from conftest import HERE, Bomb, ByteTokenizer, close, need_shared, random_adapt
 import eval
 from adapter import OFFICIAL_NAMES, AdapterConfig, MSEAdapter, MultimodalLLM, load_adapter, save_adapter
 from data import TASKS, Batch, Split, collate, load_split, load_tokenizer
+from extras import backbone, clip
 from eval import evaluate, label_logprobs, moments, score, score_labels, variants
 from model import load_llm
 
@@ -406,24 +407,25 @@ def test_far_outside_is_by_more_than_the_whole_range():
     split = Split(["a", "b"], two, [2, 1], two, [0, 0], [0, 0], ["a", "b"])
     ranges = eval.feature_range(split)                                  # of real frames
     assert ranges == {"audio": [[0.0, 4.0], [1.0, 5.5]]}
-    assert eval.oddities(np.array([[1.9, 6.9], [-0.9, 2.6]]), "audio", ranges) == []
+    assert clip.oddities(np.array([[1.9, 6.9], [-0.9, 2.6]]), "audio", ranges) == []
     for odd in (2.1, -1.1):
-        assert eval.oddities(np.array([[odd, 5.0], [0.0, 5.0]]), "audio", ranges)[0].startswith("audio: 1 of 2 features")
+        found = clip.oddities(np.array([[odd, 5.0], [0.0, 5.0]]), "audio", ranges)
+        assert found[0].startswith("audio: 1 of 2 features")
 
 
 def test_clip_of_an_intensity(tiny, tmp_path):
     net = make(tiny["chatglm"], "simsv2")
     np.save(tmp_path / "v.npy", np.ones((2, 6), np.float32))
-    found = eval.clip(net, "好" * 50, dict(audio=None, video=tmp_path / "v.npy"), {})
+    found = clip.clip(net, "好" * 50, dict(audio=None, video=tmp_path / "v.npy"), {})
     assert found["notes"] == [
         "audio: none given, taken as missing",
         "video: not compared with the training data, whose range was not recorded",
         "text: of 150 tokens the first 50 are read"]
     p = np.array(list(found["probabilities"].values()))
     assert list(found["probabilities"])[::10] == ["-1.0", "+0.0", "+1.0"] and p.sum() == pytest.approx(1)
-    assert found["mean"] == pytest.approx(p @ np.linspace(-1, 1, 21)) and "mean" in eval.clip_text(found)
+    assert found["mean"] == pytest.approx(p @ np.linspace(-1, 1, 21)) and "mean" in clip.clip_text(found)
     found["probabilities"] |= {"+0.3": 0.9, "+0.4": 0.0}
-    shown = [line.split()[0] for line in eval.clip_text(found).splitlines()]
+    shown = [line.split()[0] for line in clip.clip_text(found).splitlines()]
     assert "+0.3" in shown and shown.count("answer") == 1
 
 
@@ -436,7 +438,7 @@ def test_features_that_do_not_fit_are_refused(tmp_path, array):
     elif array is not None:
         file.write_bytes(array)
     with pytest.raises(ValueError, match="x.npy: "):
-        eval.read_features(file, 6)
+        clip.read_features(file, 6)
 
 
 @pytest.mark.parametrize("write", [
@@ -445,7 +447,7 @@ def test_features_that_do_not_fit_are_refused(tmp_path, array):
 def test_features_are_never_run(tmp_path, write):
     write(tmp_path / "x.npy", Bomb(tmp_path / "exploded"))
     with pytest.raises(ValueError, match="x.npy: not a .npy file of numbers"):
-        eval.read_features(tmp_path / "x.npy", 6)
+        clip.read_features(tmp_path / "x.npy", 6)
     assert not (tmp_path / "exploded").exists()
 
 
@@ -463,14 +465,14 @@ def test_a_changed_backbone_is_noticed(run, monkeypatch, capsys):
     llm = load_llm(DEMO)
     adapter = random_adapter(AdapterConfig(llm.config.dim, 4, 6, 5, 3, 2))
     net = MultimodalLLM(llm, adapter, load_tokenizer(DEMO), TASKS["demo"])
-    batch, fresh = collate(rows(net.task), range(4)), eval.fingerprints(net.llm, net.tokenizer, net.task)
+    batch, fresh = collate(rows(net.task), range(4)), backbone.fingerprints(net.llm, net.tokenizer, net.task)
     llm.embed.weight.data[3, 7] *= 1 + 1e-6                         # of a byte that no prompt has
     with pytest.raises(ValueError, match="backbone changed: 1 of "):
-        eval.check_backbone(net, fresh, batch)
-    fresh = eval.fingerprints(net.llm, net.tokenizer, net.task)
+        backbone.check_backbone(net, fresh, batch)
+    fresh = backbone.fingerprints(net.llm, net.tokenizer, net.task)
     llm.requires_grad_(True)                                            # a training step may move it
     with pytest.raises(ValueError, match="backbone changed: "):
-        eval.check_backbone(net, fresh, batch)
+        backbone.check_backbone(net, fresh, batch)
 
 
 @pytest.mark.parametrize("words, message", [
@@ -501,5 +503,5 @@ def test_no_run(tmp_path, monkeypatch, capsys):
     with pytest.raises(ValueError, match="settings.json: not valid JSON"):
         command(monkeypatch, capsys, tmp_path)
     (tmp_path / "settings.json").write_text('{"data": "demo", "llm": null, "device": "cpu", "dtype": "float32"}')
-    with pytest.raises(ValueError, match="settings.json: expected an object with data_dir, official, decode, readout, eval_batch"):
+    with pytest.raises(ValueError, match="an object with data_dir, official, decode, readout, eval_batch"):
         command(monkeypatch, capsys, tmp_path)

@@ -288,7 +288,8 @@ def test_other_weights_are_refused(data, begun, monkeypatch):
 
 @pytest.mark.parametrize("text, words", [
     ("{", "not valid JSON"), ("[" * 100_000, "not valid JSON"), (r'{"a": "\ud800"}', "not valid JSON"),
-    ("\xff", "not valid JSON"), ("[1]", "expected an object"), ('"{}"', "expected an object"), ("{}", "expected an object with seed")])
+    ("\xff", "not valid JSON"), ("[1]", "expected an object"), ('"{}"', "expected an object"),
+    ("{}", "expected an object with seed")])
 def test_json_of_ours_is_refused_in_a_sentence(tmp_path, text, words):
     (tmp_path / "a.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(ValueError, match=f"a.json: {words}"):
@@ -298,7 +299,7 @@ def test_json_of_ours_is_refused_in_a_sentence(tmp_path, text, words):
 def test_a_record_of_another_shape_is_refused_in_a_sentence(data, finished, tmp_path):
     shutil.copytree(finished / "1111", tmp_path / "1111")
     record = json.loads((tmp_path / "1111" / "results.json").read_bytes())
-    for wrong, words in ((record | {"family": []}, "damaged"), ({"seed": 1}, "expected an object with family, data, line")):
+    for wrong, words in ((record | {"family": []}, "damaged"), ({"seed": 1}, "expected an object with family, data")):
         (tmp_path / "1111" / "results.json").write_text(json.dumps(wrong))
         with pytest.raises(ValueError, match=f"results.json: {words}"):
             train.main(flags(data, tmp_path))

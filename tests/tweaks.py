@@ -57,7 +57,8 @@ def copy(folder):
     """Copy the code and the demo to a folder."""
     for name in CODE:
         shutil.copy(ROOT / name, folder)
-    shutil.copytree(ROOT / "demo", Path(folder, "demo"))
+    for name in ("extras", "docs", "demo"):
+        shutil.copytree(ROOT / name, Path(folder, name))
 
 
 def edit(folder, tweak: list):

@@ -1,0 +1,105 @@
+"""The check of a data set: what it holds, in words, and its problems; python data.py NAME calls it."""
+import hashlib
+import math
+from collections import Counter, defaultdict
+
+import numpy as np
+
+from data import FEATURES, SPLITS, Split, Task, clean, find_data, number, problems, read_split
+
+def check(task: Task, data_dir, tokenizer=None, shown: int = 10) -> int:
+    """Print what a data set holds, then its problems by row, some of each kind; returns their number."""
+    splits, widths, found, published = {}, {}, defaultdict(list), False
+    for split in SPLITS:
+        file = find_data(task, data_dir, split)
+        data, bad = read_split(task, file, split), set()
+        print(f"{split}: {beside(len(data), task.rows.get(split))} rows in {file}")
+        if task.sha256 and split == SPLITS[0]:          # the published files have odd values and doubles
+            published = hashlib.sha256(np.memmap(file, mode="r")).hexdigest() == task.sha256
+            print(f"  sha256   {'as published' if published else 'not the published one: another version'}")
+        for row, name, has, unusable in problems(task, data, widths):
+            if unusable:
+                bad.add(row)
+            if unusable or not published:
+                found[split, name].append((row, has))
+        rows = [row for row in range(len(data)) if row not in bad]
+        splits[split] = data, rows
+        if rows:
+            describe(task, data, rows, tokenizer)
+    for split, row, has in compare(task, splits):
+        if not published:
+            found[split, "double"].append((row, has))
+    for (split, name), listed in found.items():
+        for row, has in listed[:shown]:
+            print(f"problem: {split} row {row} has {has}")
+        if len(listed) > shown:
+            print(f"problem: {len(listed) - shown:,} more such rows of {split} ({name})")
+    n = sum(map(len, found.values()))
+    print(f"{task.name}: {n:,} problems{', rows counted from 0' if n else ''}")
+    return n
+
+def beside(found, published) -> str:
+    note = "as published" if found == published else f"published: {published}"
+    return f"{found} ({note})" if published else f"{found}"
+
+def describe(task: Task, data: Split, rows: list, tokenizer):
+    """Print what these rows hold: texts, features, labels."""
+    texts, cut = [data.text[row] for row in rows], ""
+    sizes = [len(text) for text in texts]
+    if tokenizer is not None:
+        n = sum(len(tokenizer.encode(text)) > task.text_len for text in texts)
+        cut = f"; {n} ({n / len(rows):.1%}) have more than {task.text_len} tokens and will be cut"
+    print(f"  text     {min(sizes)} to {max(sizes)} characters, {sizes.count(0)} empty{cut}")
+    for kind in FEATURES:
+        lengths, figures = [getattr(data, f"{kind}_len")[row] for row in rows], []
+        for row in rows:
+            x = clean(data.features(kind, row)).astype(float)
+            low, high = x.min(initial=math.inf), x.max(initial=-math.inf)
+            figures.append((low, high, x.size, x.sum(), (x * x).sum()))
+        low, high, n, total, squares = np.array(figures).T
+        shapes = sorted({getattr(data, kind)[row].shape for row in rows})
+        shape = f"{shapes[0]}" if len(shapes) == 1 else f"{shapes[0]} to {shapes[-1]}"
+        published = str((getattr(task, f"{kind}_len"), getattr(task, f"{kind}_dim")))
+        dtypes = ", ".join(sorted({str(getattr(data, kind)[row].dtype) for row in rows}))
+        zero = np.sum((n > 0) & (squares == 0))
+        print(f"  {kind:8} {beside(shape, published)}, {dtypes}; lengths {min(lengths)} to {max(lengths)}; "
+              f"missing in {lengths.count(0)} rows, all zero in {zero}")
+        if zero == np.sum(n > 0) > 0:
+            print(f"  remark   {kind} is zero in every row that has it")
+        if n.any():
+            mean = total.sum() / n.sum()
+            std = math.sqrt(max(0, squares.sum() / n.sum() - mean ** 2))
+            print(f"           {low.min():.3g} to {high.max():.3g}, mean {mean:.3g}, std {std:.3g}")
+    for has, n in data.told.items():
+        print(f"  remark   {n} rows have {has}")
+    print(f"  unused   {', '.join(data.unused) or 'nothing else is in the file'}")
+    labels, names = [number(task, data.label[row]) for row in rows], task.labels
+    if not names:                       # a bar for each step in the range of an intensity
+        low, high = task.range
+        step = 1.0 if high > 1 else 0.2
+        names = [f"{low + i * step:+.1f}" for i in range(round((high - low) / step) + 1)]
+        labels = [round((y - low) / step) for y in labels]
+    for i, name in enumerate(names):
+        share = labels.count(i) / len(rows)
+        print(f"  {name:8} {labels.count(i):6,} {share:6.1%} {'#' * round(60 * share)}".rstrip())
+
+def compare(task: Task, splits: dict) -> list:
+    """The rows that are in two splits: (split, row, what it has). Texts and ids in two are only counted."""
+    texts, ids, first, doubles, known = Counter(), Counter(), {}, [], 0
+    for split, (data, rows) in splits.items():
+        texts.update({data.text[row] for row in rows})
+        ids.update({data.id[row] for row in rows if data.id[row] != str(row)})      # ids of their own
+        for row in rows:
+            text, features = data.text[row], [clean(data.features(kind, row)) for kind in FEATURES]
+            content = hash((text, data.label[row], *(x.tobytes() for x in features)))
+            before, twin = first.setdefault(content, (split, row))
+            if before == split or not any(x.any() for x in features):       # without features: only a text
+                continue
+            known += text in task.twins
+            if text not in task.twins:
+                doubles.append((split, row, f"text, label and features of {before} row {twin}"))
+    texts, ids = sum(n > 1 for n in texts.values()), sum(n > 1 for n in ids.values())
+    print(f"in more than one split: {texts:,} texts, {ids:,} ids, {len(doubles) + known:,} whole rows "
+          f"({known} of them known)")
+    return doubles
+

@@ -1,0 +1,73 @@
+"""One clip: what a trained adapter answers, and what each part changes; python eval.py RUN --text calls it."""
+import numpy as np
+
+from adapter import MultimodalLLM
+from data import FEATURES, Split, clean
+from eval import aligned, evaluate, moments, variants
+
+def read_features(path, width: int) -> np.ndarray:
+    """The numbers (frames, width) in a .npy file. Raises ValueError if it holds anything else."""
+    try:
+        x = np.lib.format.open_memmap(path, mode="r")
+    except Exception as error:          # whatever a damaged or hostile file provokes, it was refused
+        raise ValueError(f"{path}: not a .npy file of numbers ({error})") from None
+    if x.ndim != 2 or len(x) == 0 or x.shape[1] != width or x.dtype.kind not in "fiub":
+        raise ValueError(f"{path}: holds {x.dtype} {x.shape}; expected numbers (frames, {width})")
+    return x
+
+def oddities(x: np.ndarray, modality: str, ranges: dict) -> list[str]:
+    """What is strange about a clip's features: missing, not finite, or far outside those of training."""
+    if len(x) == 0:
+        return [f"{modality}: none given, taken as missing"]
+    notes, bad = [], np.count_nonzero(~np.isfinite(x))
+    if bad:
+        notes.append(f"{modality}: {bad} values are not finite and count as 0")
+    if modality not in ranges:
+        return [*notes, f"{modality}: not compared with the training data, whose range was not recorded"]
+    x, (low, high) = clean(x), np.array(ranges[modality])
+    outside = np.maximum(low - x, x - high).max(axis=0)         # of each feature, by how much
+    far = np.flatnonzero(outside > high - low)                  # by more than all of its range
+    if len(far) > 0:
+        k = far[0]
+        notes.append(f"{modality}: {len(far)} of {len(low)} features are far outside the training data; "
+                     f"feature {k} is {x[:, k].min():.4g} to {x[:, k].max():.4g}, "
+                     f"there {low[k]:.4g} to {high[k]:.4g}")
+    return notes
+
+def clip(net: MultimodalLLM, text: str, paths: dict, ranges: dict) -> dict:
+    """Answer one clip, and again without each part. paths: {modality: .npy file, or None: missing}."""
+    task, columns, notes = net.task, {}, []
+    for m in FEATURES:
+        width = getattr(net.adapter.config, f"{m}_dim")
+        x = read_features(paths[m], width) if paths[m] else np.zeros((0, width))
+        columns |= {m: [x], f"{m}_len": [len(x)]}
+        notes += oddities(x, m, ranges)
+    tokens = len(net.tokenizer.encode(text))
+    if tokens > task.text_len:
+        notes.append(f"text: of {tokens} tokens the first {task.text_len} are read")
+    row = Split([text], **columns, label=task.values()[:1], id=["clip"])      # nobody looks at the label
+    names, answers = list(task.labels) or [f"{y:+.1f}" for y in task.values()], {}
+    parts = {name: part for name, part in variants(row).items() if "shuffled" not in name}
+    for name, part in parts.items():
+        p = evaluate(net, part, 1, decode="labels").probabilities
+        answers[name] = {"label": names[p.argmax()], "probability": p.max()}
+        if not task.labels:
+            answers[name] |= zip(("mean", "std"), moments(p, task)[:, 0])
+        answers[name]["probabilities"] = dict(zip(names, p[0]))
+    found, greedy = answers.pop("all"), evaluate(net, row, 1).answers[0]
+    return {**found, "greedy": greedy, "changes": answers, "notes": notes}
+
+def clip_text(found: dict) -> str:
+    """What `clip` returns, for people: a line per label, a column for the clip and one without each part."""
+    answers = [found, *found["changes"].values()]
+    lines = [["", "clip", *found["changes"]], ["answer", *(answer["label"] for answer in answers)]]
+    for name in found["probabilities"]:
+        row = [answer["probabilities"][name] for answer in answers]
+        if len(found["probabilities"]) < 10 or max(row) > 0.01:         # of 21 or 61 the likely ones
+            lines.append([name, *(f"{p:.3f}" for p in row)])
+    for key in ("mean", "std"):
+        if key in found:
+            lines.append([key, *(f"{answer[key]:.3f}" for answer in answers)])
+    notes = [f"greedy answer {found['greedy']!r}", *found["notes"]]
+    return "\n".join([aligned(lines), *notes])
+

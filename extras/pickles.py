@@ -1,0 +1,176 @@
+"""Reading a pickle without running it.
+
+A pickle is a program for a small stack machine, and pickle.load calls whatever the program names. The machine here
+knows only what plain data needs and calls nothing by name, so all that a hostile or broken file can do is be refused.
+Large arrays stay views of the mapped file, which take no memory until their rows are read.
+"""
+import mmap
+import os
+import pickletools
+import re
+from dataclasses import dataclass
+
+import numpy as np
+
+class DataError(ValueError):
+    """The one exception for data that cannot be used: the file, what was found, what was expected, what to do."""
+
+ADVICE = (      # what was found, as a pattern, and what to do about it
+    ("version https://git-lfs", "this only points to the data: fetch them with `git lfs pull`"),
+    ("with b.<", "this is a web page: fetch the file again, the server answered with a page"),
+    (r"with b.[(\]}]| \w*STRING", 'if Python 2 wrote it, load it once with encoding="latin1" where you trust it, and '
+                                  "save it again with protocol=4"),
+    (r"with b.PK|'torch\.", "save plain arrays, of tensors their .numpy(), with pickle.dump"),
+    (r"'pandas\.", 'save tables as their .to_dict("list") or .to_numpy(), with pickle.dump'),
+    ("starts with", "expected a pickle of protocol 2 to 5: fetch it again, or write it with protocol=4"),
+    (r"\\r", "its line ends were changed on the way: transfer it again, in binary mode"),
+    ("cannot be read", "expected one whole pickle: fetch or write it again"),
+    ("", "expected dicts, lists, text, numbers, plain arrays: save yours so, and do not load this by other means"),
+)
+PLAIN = {str, bytes, memoryview, int, float, bool, type(None), list, tuple, dict, np.ndarray}
+DTYPE = re.compile("b1|[iu][1248]|f[248]|[US][1-9][0-9]{0,6}|O8?")
+CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+LENGTH = {"SHORT_BINUNICODE": 1, "BINUNICODE": 4, "BINUNICODE8": 8, "BINBYTES": 4, "BINBYTES8": 8, "BYTEARRAY8": 8}
+OPCODES = {ord(op.code): op for op in pickletools.opcodes}
+
+def read_pickle(path) -> object:
+    """The plain data in a pickle, protocols 2 to 5, numpy 1 or 2. Raises DataError for everything else.
+
+    Arrays are read-only views of the mapped file, perhaps unaligned or byte-swapped; those of objects come as lists.
+    """
+    data = b""
+    try:
+        if not os.path.isfile(path):        # a FIFO would wait for its other end
+            raise OSError("missing, or not a file")
+        with open(path, "rb") as file:
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return PickleMachine(data).run()
+    except Exception as error:              # of any type: who knows what a broken file leads to
+        found = str(error) if isinstance(error, DataError) else f"cannot be read ({error!r})"
+    if data.find(b"\n", 0) > 0 and not re.search(rb"(?<!\r)\n", data):
+        found += r" and has \n only behind \r"
+    advice = next(advice for pattern, advice in ADVICE if re.search(pattern, found))
+    raise DataError(f"{path} {found:.250}; {advice}")
+
+@dataclass
+class Named:
+    """Stands for what the pickle names or begins to describe; once described, `made` is the real object."""
+    text: str                               # a function or class, the code of a dtype, or "array"
+
+class PickleMachine:
+    def __init__(self, data: mmap.mmap):
+        self.data, self.memo, self.stacks = data, {}, [[]]      # each mark begins another stack
+        self.budget = (32 << 20) + 24 * len(data)               # bytes of memory: plain data needs less
+
+    def spend(self, cost):
+        self.budget -= cost
+        if self.budget < 0:
+            raise DataError("would take far more memory than its size")
+
+    def take(self, op) -> list:
+        """The objects that an instruction takes from the stack: so many, or also all since the last mark."""
+        n, items = len(op.stack_before), []
+        if pickletools.stackslice in op.stack_before:
+            n, items = n - 2, self.stacks.pop()
+        return [self.stacks[-1].pop() for _ in range(n)][::-1] + items
+
+    def run(self):
+        """Follows the instructions to the last and returns the one object that they leave on the stack."""
+        data, memo = self.data, self.memo
+        if not re.match(rb"\x80[\x02-\x05]", data):
+            raise DataError(f"starts with {data[:64].lstrip()[:24]!r}")
+        while (op := OPCODES[data.read_byte()]).name != "STOP":
+            if op.arg is None and op.name not in CONSTANTS:
+                self.spend(64)              # about what a container or a memo entry takes; in the file, one byte
+            items = self.take(op) if op.stack_before else []
+            push = self.stacks[-1].append
+            match op.name:
+                case "BINGET" | "LONG_BINGET":
+                    found = memo[op.arg.reader(data)]
+                    push(getattr(found, "made", found))
+                case "MEMOIZE" | "BINPUT" | "LONG_BINPUT":
+                    self.stacks[-1] += items                    # what MEMOIZE took
+                    slot = op.arg.reader(data) if op.arg else len(memo)
+                    memo[slot] = self.stacks[-1][-1]
+                case "MARK":
+                    self.stacks.append([])
+                case name if name in LENGTH:
+                    n = int.from_bytes(data.read(LENGTH[name]), "little")
+                    data.seek(n, os.SEEK_CUR)       # raises beyond the end
+                    raw = memoryview(data)[data.tell() - n:data.tell()]
+                    push(str(raw, "utf-8") if "UNICODE" in name else raw)
+                case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT" | "SHORT_BINBYTES":
+                    push(op.arg.reader(data))
+                case "NONE" | "NEWTRUE" | "NEWFALSE":
+                    push(CONSTANTS[op.name])
+                case "EMPTY_LIST" | "EMPTY_DICT" | "EMPTY_TUPLE" | "TUPLE1" | "TUPLE2" | "TUPLE3" | "TUPLE":
+                    push(op.stack_after[0].obtype(items))       # list, dict or tuple
+                case "APPEND" | "APPENDS":
+                    push(items[0])
+                    items[0].extend(items[1:])
+                case "SETITEM" | "SETITEMS":
+                    if not {str}.issuperset(map(type, items[1::2])):    # others could be chosen to collide
+                        raise DataError("has a dict whose keys are not all text")
+                    push(items[0])
+                    items[0].update(zip(items[1::2], items[2::2], strict=True))
+                case "GLOBAL":
+                    push(Named(op.arg.reader(data).replace(" ", ".")))
+                case "STACK_GLOBAL":
+                    push(Named(".".join(items)))
+                case "REDUCE" | "BUILD":
+                    push(self.make(*items))
+                case "PROTO" | "FRAME":     # of use only to readers of streams
+                    op.arg.reader(data)
+                case _:
+                    names = [x.text for x in items if type(x) is Named]
+                    raise DataError(f"has the instruction {op.name} {ascii(names)}")
+        [[root]] = self.stacks              # one object, or it raises
+        if data.tell() < len(data):
+            raise ValueError("more follows the pickle")
+        return self.check(root)
+
+    def make(self, named, args):
+        """What numpy would make of a call or of a description, but for a file that says "2 GiB" and has 8 bytes."""
+        match named.text.replace("numpy._core.", "numpy.core."), args:      # numpy 2 and 1
+            case "numpy.core.multiarray._reconstruct", (Named("numpy.ndarray"), (0,), _):
+                return Named("array")
+            case "array", (_, shape, dtype, fortran, raw):
+                named.made = self.array(raw, dtype, shape, fortran)
+                return named.made
+            case "numpy.core.numeric._frombuffer", (raw, dtype, shape, order, *axes):
+                return self.array(raw, dtype, shape, order == "F", *axes)
+            case "numpy.core.multiarray.scalar", (dtype, raw):
+                return self.array(raw, dtype, (), False).item()
+            case "numpy.dtype", (str(code), _, _):
+                return Named(code)
+            case code, (3, "<" | ">" | "|" as order, None, None, None, _, _, _) if DTYPE.fullmatch(code):
+                named.made = np.dtype(code).newbyteorder(order)
+                return named.made
+            case "_codecs.encode", (str(text), "latin1"):       # how protocol 2 writes bytes
+                self.spend(len(text))
+                return text.encode("latin1")
+            case "__builtin__.bytes", ():
+                return b""
+        raise DataError(f"names {ascii(named.text)}, which is not plain data")
+
+    def array(self, raw, dtype, shape, fortran, axes=None):
+        self.spend(8 * len(raw))
+        if dtype.hasobject:     # a list in C order, whatever the array's order
+            return np.fromiter(raw, dtype, len(raw)).reshape(shape).tolist()
+        if dtype.kind == "U":   # raises if it is no text
+            str(raw, "utf-32-be" if dtype.str[0] == ">" else "utf-32-le")
+        array = np.frombuffer(raw, dtype).reshape(shape, order="F" if fortran else "C")
+        return array if axes is None else array.transpose(axes)
+
+    def check(self, x, depth=16):
+        """Nothing unfinished or cyclic is left, nor parts shared so often that a walk over all would not end."""
+        self.spend(16)
+        if type(x) not in PLAIN:
+            raise DataError("has a name or half an array in the place of data")
+        if depth == 0:
+            raise DataError("has containers more than 16 deep")
+        if type(x) in (dict, list, tuple):
+            for part in x.values() if type(x) is dict else x:
+                self.check(part, depth - 1)
+        return x
+
