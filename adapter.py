@@ -10,14 +10,13 @@
 
     the LLM reads      [bos] open  P_1 .. P_P  text  close prompt  ->  label
 
-Where paper and release differ, this follows the release, which made the published numbers. Shapes: B rows, T length
-of a row behind [bos] open, S of a whole row, La / Lv frames, Da / Dv features of a frame, Lt text tokens, C the LLM's
-width, P pseudo tokens, n tokens of the longest label.
+Where paper and release differ, this follows the release, which made the published numbers. Shapes: B rows,
+T length of a row behind [bos] open, S of a whole row, La / Lv frames, Da / Dv features of a frame, C the
+LLM's width, Lt text tokens, P pseudo tokens, n tokens of the longest label.
 """
 import hashlib
 import json
 from dataclasses import asdict, dataclass
-from itertools import product
 
 import torch
 import torch.nn as nn
@@ -26,7 +25,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from data import special_ids
-from model import KVCache, write_atomic
+from extras.files import write_atomic
+from extras.release import OFFICIAL_NAMES, read_official, reread  # noqa: F401
+from model import KVCache
 
 @dataclass(frozen=True)
 class AdapterConfig:
@@ -47,7 +48,7 @@ class AdapterConfig:
         if self.modality not in ("both", "audio", "video"):
             raise ValueError(f"modality is {self.modality!r}; expected 'both', 'audio' or 'video'")
 
-# --- The method ------------------------------------------------------------------------------------------------------
+# --- The method ---------------------------------------------------------------------------------------------
 
 class SequenceEncoder(nn.Module):
     """x = W h_last(LSTM(features)) + b: one layer, one direction, the state after the last real frame."""
@@ -60,8 +61,8 @@ class SequenceEncoder(nn.Module):
     def forward(self, x, lengths):
         """Features (B, L, D), `lengths` (B,) of them real -> (B, 256). Length 0: the modality is missing."""
         if x.size(-1) != self.rnn.input_size:
-            raise ValueError(f"{x.size(-1)} features in a frame, but the adapter was made for {self.rnn.input_size}; "
-                             "use data like that of its training, or train again")
+            raise ValueError(f"{x.size(-1)} features in a frame, but the adapter was made for "
+                             f"{self.rnn.input_size}; use data like that of its training, or train again")
         states = self.rnn(x)[0]         # (B, L, hidden), of padding, too: simpler and faster than packed sequences
         h = states.take_along_dim(lengths.clamp(min=1)[:, None, None] - 1, dim=1)[:, 0]         # (B, hidden)
         return self.linear(h * (lengths > 0)[:, None])      # a missing modality has the state 0: x = b
@@ -115,7 +116,7 @@ class MSEAdapter(nn.Module):
             return h.unflatten(1, (self.config.pseudo_tokens, -1))                              # (B, P, C)
         return self.spread(h[..., None]).transpose(1, 2)    # P_k = w_k h + c_k: scaled copies of one vector
 
-# --- The adapter in front of the LLM ---------------------------------------------------------------------------------
+# --- The adapter in front of the LLM ------------------------------------------------------------------------
 
 class MultimodalLLM(nn.Module):
     """A frozen LLM behind an adapter, for one task.
@@ -135,9 +136,9 @@ class MultimodalLLM(nn.Module):
         self.llm, self.adapter, self.tokenizer, self.task, self.official = llm, adapter, tokenizer, task, official
         dim, vocab_size = llm.config.dim, llm.config.vocab_size
         if adapter.config.dim != dim or tokenizer.size > vocab_size:
-            raise ValueError(f"the backbone has width {dim} and {vocab_size} embeddings, but the adapter is made for "
-                             f"width {adapter.config.dim}, and the tokenizer has {tokenizer.size} ids; use the ones "
-                             "made for this backbone")
+            raise ValueError(f"the backbone has width {dim} and {vocab_size} embeddings, but the adapter is for "
+                             f"width {adapter.config.dim}, and the tokenizer has {tokenizer.size} ids; use the "
+                             "ones made for this backbone")
         words = task.wording(llm.config.family, official)
         self.bos, self.eos_id, self.pad_id = special_ids(words, tokenizer)
         # Every part of a row is tokenised on its own.
@@ -157,7 +158,7 @@ class MultimodalLLM(nn.Module):
         return [self.pad_id] * (self.task.text_len - len(ids)) + ids if self.official else ids
 
     def beginning(self) -> KVCache:
-        """What all rows begin with, [bos] open: read once, but anew for each batch where a part of the LLM trains."""
+        """What all rows begin with, [bos] open: read once, but for each batch where a part of the LLM trains."""
         trains = any(p.requires_grad for p in self.llm.parameters())
         if self.kept is not None and not trains:
             return self.kept
@@ -166,10 +167,10 @@ class MultimodalLLM(nn.Module):
         return cache
 
     def rows(self, batch, labels=None):
-        """Embed what stands behind the beginning: P text close prompt (label). labels: each row's, as token ids.
+        """Embed what stands behind the beginning: P text close prompt (label). labels: each row's, as ids.
 
-        Returns x (B, T, C), padded in front; which positions of beginning and x are real, (B, S) bool; and the pseudo
-        tokens (B, P, C).
+        Returns x (B, T, C), padded in front; which positions of beginning and x are real, (B, S) bool; and the
+        pseudo tokens (B, P, C).
         """
         P, texts = self.adapter.config.pseudo_tokens, [self.text_ids(text) for text in batch.text]
         rows = [[self.pad_id] * P + text + self.after for text in texts]
@@ -198,7 +199,7 @@ class MultimodalLLM(nn.Module):
         target = self.tensor([[-100] * (n - len(ids)) + ids for ids in labels])                 # (B, n)
         x, real, _ = self.rows(batch, labels)
         hidden = self.llm(x, real, self.beginning(), recompute, last=n + 1)                     # (B, n + 1, C)
-        logits = self.llm.logits(hidden[:, :-1].flatten(0, 1))      # a position predicts the token after it: (B * n, V)
+        logits = self.llm.logits(hidden[:, :-1].flatten(0, 1))      # of the token after a position, (B * n, V)
         loss = F.cross_entropy(logits, target.flatten(), reduction="none").view_as(target)
         return (loss.sum(1) / (target >= 0).sum(1)).mean()          # it is 0 where the target is -100
 
@@ -207,25 +208,14 @@ class MultimodalLLM(nn.Module):
         """What the LLM writes after each row, greedily, up to the length of a label or its end token."""
         x, real, _ = self.rows(batch)
         if self.reread:
-            ids = self.answer_rereading(x).tolist()
+            before = self.llm.embed(self.tensor([self.before] * len(x)))
+            ids = reread(self.llm, torch.cat((before, x), dim=1), self.answer_len).tolist()
         else:
             ids = self.llm.generate(x, self.answer_len, real, self.eos_id, self.beginning()).tolist()
         ends = [row.index(self.eos_id) if self.eos_id in row else len(row) for row in ids]
         return [self.tokenizer.decode(row[:end]) for row, end in zip(ids, ends)]
 
-    def answer_rereading(self, x):
-        """The release's ChatGLM3 (transformers 4.36): each step reads the whole row and all new tokens again, from
-        position 0 on, and still sees what all steps before it read. Returns new tokens, (B, answer_len)."""
-        before = self.llm.embed(self.tensor([self.before] * len(x)))
-        row = torch.cat((before, x), dim=1)                                                     # (B, S, C)
-        cache, new = KVCache(self.llm.config.n_layer), self.tensor([[]] * len(x)).long()
-        for _ in range(self.answer_len):
-            cache.origin = cache.length
-            hidden = self.llm(torch.cat((row, self.llm.embed(new)), dim=1), cache=cache, last=1)
-            new = torch.cat((new, self.llm.logits(hidden).argmax(dim=-1)), dim=1)
-        return new
-
-# --- Files -----------------------------------------------------------------------------------------------------------
+# --- Files --------------------------------------------------------------------------------------------------
 
 def identity(llm, task, official: bool) -> dict:
     """What an adapter is made for: a file's metadata, compared when it is loaded."""
@@ -253,40 +243,17 @@ def load_adapter(path, llm, tokenizer, task, official: bool = False) -> Multimod
         if meta["sha256"] != hashlib.sha256(save(tensors)).hexdigest():
             raise ValueError("its numbers are not those that were saved: the sha256 differs")
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{path}: not a whole saved adapter ({error}); copy it again, or train again") from None
+        raise ValueError(f"{path}: not a whole saved adapter ({error}); copy it again, or train") from None
     for key, here in identity(llm, task, official).items():
         if found[key] != here:
             raise ValueError(f"{path}: the adapter's {key} is {found[key]!r}, but here it is {here!r}")
     return MultimodalLLM(llm, adapter.to(llm.embed.weight.device), tokenizer, task, official)
 
-LSTM_PARTS = ("rnn.weight_ih_l0", "rnn.weight_hh_l0", "rnn.bias_ih_l0", "rnn.bias_hh_l0")
-OFFICIAL_LAYERS = {                     # our layer: the release's; the misspelling is theirs
-    "audio.linear": "audio_LSTM.linear",
-    "video.linear": "video_LSTM.linear",
-    "mixer.text": "text_guide_mixer.text_mlp",
-    **{f"fusion.scales.{i}.{j}": f"mutli_scale_fusion.scale{i + 1}.{j}" for i, j in product(range(3), (0, 2))},
-    "fusion.join": "mutli_scale_fusion.integrating.Integrating_layer.0",
-    "project": "mutli_scale_fusion.multi_scale_projector",
-    "spread": "mutli_scale_fusion.projector",
-}
-OFFICIAL_NAMES = {                      # our parameter: the release's
-    **{f"{kind}.{part}": f"{kind}_LSTM.{part}" for kind, part in product(("audio", "video"), LSTM_PARTS)},
-    **{f"{ours}.weight": f"{theirs}.weight" for ours, theirs in OFFICIAL_LAYERS.items()},
-    **{f"{ours}.bias": f"{theirs}.bias" for ours, theirs in OFFICIAL_LAYERS.items()},
-}
-
 def load_official(path, config: AdapterConfig) -> MSEAdapter:
     """Read a state dict of the release, a .pth (names prefixed `Model.` or not). Raises ValueError as load_adapter."""
-    ours = {theirs: name for name, theirs in OFFICIAL_NAMES.items()}
-    adapter, tensors = MSEAdapter(config), {}
+    adapter = MSEAdapter(config)
     try:
-        for name, tensor in torch.load(path, map_location="cpu", weights_only=True).items():
-            name = name.removeprefix("Model.")
-            if name.endswith("Integrating_layer.0.weight") and tensor.shape == (1, 1, 1, 3):
-                tensor = tensor[0, 0]                       # the convolution's, against our (1, 3)
-            if not name.endswith("inv_freq"):               # a table of the frozen LLM's
-                tensors[ours.get(name, name)] = tensor
-        adapter.load_state_dict(tensors)
+        adapter.load_state_dict(read_official(path))
     except Exception as error:          # whatever a damaged or hostile file provokes, it was refused
         raise ValueError(f"{path}: not a state dict of tensors as the release saves ({error})") from None
     return adapter

@@ -30,6 +30,7 @@ import numpy as np
 import sentencepiece
 import torch
 
+from extras.hub import LLM_FILES, hub_folder
 from extras.pickles import DataError, read_pickle
 
 HERE = Path(__file__).resolve().parent
@@ -470,28 +471,6 @@ def load_tokenizer(path: str | Path) -> SentencePiece | ByteBPE:
 
 # --- Files: below a folder, else in the hub's cache, which is where downloads go ----------------------------
 
-LLM_FILES = ["*.json", "*.model", "*.tiktoken", "merges.txt", "*.safetensors"]
-HUB_ADVICE = {      # for each kind of error of its client
-    "ModuleNotFoundError": "pip install huggingface_hub",
-    "RepositoryNotFoundError": "check the name; if it is private, run: hf auth login",
-    "GatedRepoError": "accept the licence on its page at the hub, make a token there, run: hf auth login",
-}
-
-def hub_folder(repo: str, kind: str, files: list, fetch: bool) -> Path | None:
-    """Where the hub's client keeps files of a "model" or "dataset". `fetch`: gets them first, or DataError."""
-    inner = "*/*" if kind == "model" else None          # a model's folders hold other formats
-    try:
-        from huggingface_hub import snapshot_download   # optional
-        return Path(snapshot_download(repo, repo_type=kind, allow_patterns=files, ignore_patterns=inner,
-                                      local_files_only=not fetch))
-    except Exception as error:      # whatever its client raises
-        if not fetch:
-            return None
-        reason = " ".join(str(error).split())[:200]
-        advice = HUB_ADVICE.get(type(error).__name__, "check the network and the name")
-        raise DataError(f"{repo} cannot be fetched ({reason}): {advice}; or by hand: "
-                        f"hf download {repo} --repo-type {kind}") from None
-
 def find_llm(name, fetch: bool = False) -> Path:
     """The checkpoint's folder, given that or a hub name. Raises DataError that says how to get it."""
     if Path(name).is_dir():
@@ -503,10 +482,6 @@ def find_llm(name, fetch: bool = False) -> Path:
     if fetch and not any(folder.glob("*.safetensors")):
         hub_folder(str(name), "model", ["*.bin"], fetch)
     return folder
-
-def fetch_llm(name):
-    """Download a backbone: config, tokenizer, weights (.bin only if there is no .safetensors)."""
-    find_llm(name, fetch=True)
 
 def candidates(task: Task, root: Path, split: str) -> list[Path]:
     """The files in or below `root` that may be the published one of a split."""
@@ -535,11 +510,6 @@ def find_data(task: Task, data_dir, split: str, fetch: bool = False) -> Path:
         listed = ", ".join(map(str, found))
         raise DataError(f"{data_dir}: {len(found)} files could be {name}: {listed}; point --data-dir at one")
     return found[0]
-
-def fetch_data(task: Task, data_dir):
-    """Download what of a data set is not below `data_dir`. Raises DataError."""
-    for split in SPLITS:
-        find_data(task, data_dir, split, fetch=True)
 
 # --- Rows and batches ---------------------------------------------------------------------------------------
 
@@ -724,7 +694,7 @@ def batches(split: Split, size: int, seed: int | None = None, epoch: int = 0):
         yield collate(split, rows)
 
 def main(argv=None) -> int:
-    from extras.check import check
+    from extras.check import check              # it imports this file
 
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -737,7 +707,8 @@ def main(argv=None) -> int:
     data_dir = args.data_dir or HERE / task.home
     try:
         if args.download:
-            fetch_data(task, data_dir)
+            for split in SPLITS:
+                find_data(task, data_dir, split, fetch=True)
         tokenizer = load_tokenizer(find_llm(args.llm)) if args.llm else None
         return 1 if check(task, data_dir, tokenizer) else 0
     except (ValueError, OSError) as error:

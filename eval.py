@@ -7,8 +7,6 @@
     python eval.py RUN --check-backbone     its logits with and without the adapter, bit by bit
 """
 import argparse
-import csv
-import io
 import json
 import re
 import sys
@@ -27,7 +25,8 @@ from tqdm import tqdm
 from adapter import MultimodalLLM, load_adapter
 from data import FEATURES, HERE, SPLITS, TASKS, Split, Task
 from data import clean, collate, find_llm, load_split, load_tokenizer
-from model import load_llm, read_json, write_atomic
+from extras.files import read_json
+from model import load_llm
 
 # --- Answers: the LLM's text -> a number, or None -----------------------------------------------------------
 
@@ -336,40 +335,6 @@ def side_by_side(results: dict[str, Result]) -> str:
     lines.append(["unparsed", *(f"{r.unparsed}/{len(r.true)}" for r in results.values())])
     return aligned(lines)
 
-def write_results(folder, split: Split, results: dict[str, Result], ending: str = ""):
-    """Write metrics.json and predictions.csv into a folder; `ending` goes behind both names."""
-    def plain(numbers):                                         # JSON knows no nan
-        return {name: x if np.isfinite(x).all() else None for name, x in numbers.items()}
-
-    report = {"rows": len(split)}
-    for decode, r in results.items():
-        report[decode] = {"scores": plain(r.scores), "intervals": plain(r.intervals),
-                          "unparsed": r.unparsed, "out_of_range": r.out_of_range}
-        if r.task.labels:
-            counts = confusion(r.values, r.true, len(r.task.labels))
-            columns = [column.tolist() for column in per_class(counts)]
-            rows = [dict(zip(("precision", "recall", "f1", "rows"), row)) for row in zip(*columns)]
-            report[decode] |= {"confusion": counts.tolist(), "per_class": dict(zip(r.task.labels, rows))}
-    text = json.dumps(report, indent=1, ensure_ascii=False)
-    write_atomic(Path(folder) / f"metrics{ending}.json", text.encode())
-    write_predictions(Path(folder) / f"predictions{ending}.csv", split, list(results.values()))
-
-def write_predictions(path, split: Split, results: list[Result]):
-    """One line per row: id, text, truth, the first result's answer, what it parsed as (empty if it did not)
-    and, if a result has probabilities, that of each class, or an intensity's mean and standard deviation."""
-    first = results[0]
-    parsed = ["" if value is None else f"{value:.6g}" for value in first.values]
-    head = ["id", "text", "truth", "answer", "parsed"]
-    columns = [split.id, split.text, split.label, first.answers, parsed]
-    for r in results:
-        if r.probabilities is not None:
-            head += [f"p({name})" for name in r.task.labels] or ["mean", "std"]
-            numbers = r.probabilities.T if r.task.labels else moments(r.probabilities, r.task)
-            columns += [map("{:.6f}".format, column) for column in numbers]
-    file = io.StringIO()
-    csv.writer(file).writerows([head, *zip(*columns)])
-    write_atomic(path, file.getvalue().encode("utf-8-sig"))     # a byte order mark, for spreadsheets
-
 # --- What the modalities are worth --------------------------------------------------------------------------
 
 def variants(split: Split) -> dict[str, Split]:
@@ -434,6 +399,8 @@ def feature_range(split: Split) -> dict[str, list]:
 
 def score_split(net: MultimodalLLM, split: Split, run: Path, settings: dict, args):
     """Print and write what a split scores: first as the run was selected, then the other way of decoding."""
+    from extras.report import write_results     # it imports this file
+
     first, results = args.decode or settings["decode"], {}
     for decode in sorted(DECODE, key=lambda decode: decode != first):
         if args.decode in (None, decode):
@@ -470,7 +437,7 @@ def parse_args():
     return args
 
 def main():
-    from extras import backbone, clip
+    from extras import backbone, clip           # they import this file
 
     args = parse_args()
     file = args.run / "settings.json"

@@ -12,9 +12,7 @@ Shapes: B rows, T new positions, S cached + new positions, C width (dim), H quer
 D width of a head, R rotated channels of a head, V vocabulary, N positions of all rows that are no padding.
 """
 import hashlib
-import json
 import math
-import os
 import re
 import sys
 from dataclasses import asdict, dataclass, fields
@@ -25,6 +23,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file
+
+from extras.files import read_json
 
 # --- Config -------------------------------------------------------------------------------------------------
 
@@ -152,14 +152,11 @@ def rope_table(positions, config: Config):
     angle = positions[:, None, :, None].float() * turns
     return angle.cos(), angle.sin()
 
-def at_least_fp32(x):
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
 def apply_rope(x, rope, interleaved: bool):
     """Turn the first R channels of each head of x (B, heads, T, D) by its position's angles; others stay."""
     cos, sin = rope
     R = 2 * cos.size(-1)
-    turned, rest = at_least_fp32(x[..., :R]), x[..., R:]
+    turned, rest = x[..., :R].to(torch.promote_types(x.dtype, torch.float32)), x[..., R:]
     a, b = (turned[..., 0::2], turned[..., 1::2]) if interleaved else turned.chunk(2, dim=-1)
     a, b = a * cos - b * sin, b * cos + a * sin                                 # (B, heads, T, R/2)
     turned = torch.stack((a, b), dim=-1).flatten(-2) if interleaved else torch.cat((a, b), dim=-1)
@@ -302,7 +299,7 @@ class LLM(nn.Module):
     def logits(self, hidden):
         """Hidden states (..., C) -> scores of the next token (..., V) in fp32. Pass only what you need."""
         head = self.embed if self.config.tied_head else self.head
-        return at_least_fp32(F.linear(hidden, head.weight))
+        return F.linear(hidden, head.weight).to(torch.promote_types(hidden.dtype, torch.float32))
 
     def forward(self, x, mask=None, cache: KVCache | None = None, recompute=0, last: int | None = None):
         """Embeddings (B, T, C) -> hidden states after the last norm, (B, T, C), or of the `last` positions alone.
@@ -311,11 +308,9 @@ class LLM(nn.Module):
         row; None: there is none. Only attention computes padding. recompute: how many blocks, from the first on,
         keep only their input for backward. last: wanted positions, from the end; the last block computes no more.
         """
-        T, config = x.size(1), self.config
-        last = T if last is None else last
         places = self.places(x, mask, cache)
         for layer, block in enumerate(self.blocks):
-            if layer == config.n_layer - 1:
+            if last is not None and layer == self.config.n_layer - 1:
                 places = places._replace(last=last)
             if layer < recompute and torch.is_grad_enabled():
                 x = Recompute.apply(x, block, places, cache)
@@ -327,7 +322,7 @@ class LLM(nn.Module):
         """Where the new positions x (B, T, C) stand. A position is a row's count of real tokens before it."""
         T = x.size(1)
         past, origin = (0, 0) if cache is None else (cache.length, cache.origin)
-        S = past + T
+        S = past + T                                                            # new ones, and cached ones
         if S - origin > self.config.max_len:
             raise ValueError(f"a row has {S - origin} positions, but the backbone was trained for "
                              f"{self.config.max_len}; shorten the text or take another backbone")
@@ -498,41 +493,6 @@ def check_tensors(path: Path, llm: LLM, stored: dict):
         problems.append(f"{head} is not {embedding}, but config.json has tie_word_embeddings")
     if problems:
         raise ValueError(f"{path}: the weights do not fit config.json:\n  " + "\n  ".join(problems))
-
-# --- Files --------------------------------------------------------------------------------------------------
-
-def read_json(file: Path, keys=()) -> dict:
-    """A JSON file of an object that has these keys. Raises ValueError with the file's name for anything else."""
-    if not file.is_file():
-        raise ValueError(f"{file}: not found; fetch or make it again, or name another folder")
-    try:
-        found = json.loads(file.read_text(encoding="utf-8-sig"))
-        json.dumps(found, ensure_ascii=False).encode()      # refuses halves of characters, "\ud800"
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: not valid JSON ({error}); fetch or make it again") from None
-    missing = [key for key in keys if not isinstance(found, dict) or key not in found]
-    if missing or not isinstance(found, dict):
-        raise ValueError(f"{file}: expected an object with {', '.join(missing) or 'names'}; fetch or make it again")
-    return found
-
-def write_atomic(path, data: bytes):
-    """Write a file such that after a crash at any moment it is whole: the old one or the new one."""
-    path = Path(path)
-    draft = path.with_name(f".{path.name}.new")
-    try:
-        with open(draft, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    except OSError as error:
-        draft.unlink(missing_ok=True)           # a full disk needs the room
-        what = f"{error.strerror} while writing; what was there before is intact"
-        raise OSError(error.errno, what, str(path)) from None
-    if os.name == "posix":                      # the new name, too, must reach the disk
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:

@@ -15,11 +15,9 @@ import hashlib
 import io
 import json
 import math
-import signal
 import sys
 import textwrap
 import time
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -27,16 +25,13 @@ import torch
 from tqdm import tqdm
 
 from adapter import AdapterConfig, MSEAdapter, MultimodalLLM, save_adapter
-from data import FEATURES, HERE, SPLITS, TASKS, Split, collate, epoch_rows, fetch_data, fetch_llm
-from data import find_llm, load_split, load_tokenizer, preset
-from eval import DECODE, READOUT, ablation, collapsed, evaluate, feature_range, write_results
-from extras.report import curves, recorded, summarize
-from model import Config, load_llm, read_json, write_atomic
-
-try:
-    import fcntl
-except ImportError:         # Windows has none: there nothing locks a run's folder
-    fcntl = None
+from data import FEATURES, HERE, SPLITS, TASKS, Split, collate, epoch_rows, find_data, find_llm
+from data import load_split, load_tokenizer, preset
+from eval import DECODE, READOUT, ablation, collapsed, evaluate, feature_range
+from extras.files import read_json, write_atomic
+from extras.guards import locked, uninterrupted
+from extras.report import curves, recorded, summarize, write_results
+from model import Config, load_llm
 
 # The release's, for every task and family.
 WARMUP = 0.1                # share of all steps in which the learning rate climbs from 0
@@ -295,30 +290,6 @@ def train_epoch(run: Run, train: Split, recompute: int):
             check_finite(run.loss_sum, run.net)
             bar.set_postfix(loss=f"{run.loss_sum / run.step:.4f}", lr=f"{rate:.1e}", refresh=False)
 
-@contextmanager
-def uninterrupted():
-    """Hold Ctrl-C back until the block is done, so that no half step is ever saved."""
-    caught = []
-    before = signal.signal(signal.SIGINT, lambda *_: caught.append(True))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if caught:
-        raise KeyboardInterrupt
-
-@contextmanager
-def locked(folder: Path):
-    """Only one process at a time works in a run's folder. The lock goes with the process, however it ends."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as file:
-        try:
-            if fcntl:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(f"{folder}: another process trains here; wait or choose another --out") from None
-        yield
-
 # --- What is left of a run, and of several ------------------------------------------------------------------
 
 def tell(run: Run, result, valid: Split):
@@ -422,9 +393,9 @@ def main(argv=None):
     task = TASKS[settings.data]
     data_dir, backbone = settings.data_dir or HERE / task.home, settings.llm or task.llm
     if settings.download:
-        fetch_data(task, data_dir)
-        fetch_llm(backbone)
-    path = find_llm(backbone)
+        for split in SPLITS:
+            find_data(task, data_dir, split, fetch=True)
+    path = find_llm(backbone, settings.download)
     splits = {split: load_split(task, data_dir, split) for split in SPLITS}
     widths = {(split.audio[0].shape[1], split.video[0].shape[1]) for split in splits.values()}
     if len(widths) > 1:

@@ -1,4 +1,5 @@
-"""What a run leaves for people: its curves, and a table of several seeds beside the release's figures."""
+"""What a run leaves for people: curves, metrics.json and predictions.csv, and several seeds in a table beside the
+release's figures."""
 import csv
 import io
 import json
@@ -6,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data import HERE, TASKS, family_words
-from model import write_atomic
+from data import HERE, TASKS, Split, family_words
+from eval import Result, confusion, moments, per_class
+from extras.files import write_atomic
 
 def curves(log: list, metric: str, best_epoch: int) -> str:
     """Loss, learning rate and validation score by epoch as an SVG picture, for light and dark pages."""
@@ -66,3 +68,36 @@ def recorded(family: str, task: str) -> dict:
     figures = json.loads((HERE / "docs" / "release.json").read_text(encoding="utf-8"))
     return figures.get(f"{family_words(family).name} {task}", {})
 
+def write_results(folder, split: Split, results: dict[str, Result], ending: str = ""):
+    """Write metrics.json and predictions.csv into a folder; `ending` goes behind both names."""
+    def plain(numbers):                                         # JSON knows no nan
+        return {name: x if np.isfinite(x).all() else None for name, x in numbers.items()}
+
+    report = {"rows": len(split)}
+    for decode, r in results.items():
+        report[decode] = {"scores": plain(r.scores), "intervals": plain(r.intervals),
+                          "unparsed": r.unparsed, "out_of_range": r.out_of_range}
+        if r.task.labels:
+            counts = confusion(r.values, r.true, len(r.task.labels))
+            columns = [column.tolist() for column in per_class(counts)]
+            rows = [dict(zip(("precision", "recall", "f1", "rows"), row)) for row in zip(*columns)]
+            report[decode] |= {"confusion": counts.tolist(), "per_class": dict(zip(r.task.labels, rows))}
+    text = json.dumps(report, indent=1, ensure_ascii=False)
+    write_atomic(Path(folder) / f"metrics{ending}.json", text.encode())
+    write_predictions(Path(folder) / f"predictions{ending}.csv", split, list(results.values()))
+
+def write_predictions(path, split: Split, results: list[Result]):
+    """One line per row: id, text, truth, the first result's answer, what it parsed as (empty if it did not)
+    and, if a result has probabilities, that of each class, or an intensity's mean and standard deviation."""
+    first = results[0]
+    parsed = ["" if value is None else f"{value:.6g}" for value in first.values]
+    head = ["id", "text", "truth", "answer", "parsed"]
+    columns = [split.id, split.text, split.label, first.answers, parsed]
+    for r in results:
+        if r.probabilities is not None:
+            head += [f"p({name})" for name in r.task.labels] or ["mean", "std"]
+            numbers = r.probabilities.T if r.task.labels else moments(r.probabilities, r.task)
+            columns += [map("{:.6f}".format, column) for column in numbers]
+    file = io.StringIO()
+    csv.writer(file).writerows([head, *zip(*columns)])
+    write_atomic(path, file.getvalue().encode("utf-8-sig"))     # a byte order mark, for spreadsheets

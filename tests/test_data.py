@@ -591,11 +591,16 @@ def test_mosi_and_mosei_are_told_apart(tmp_path, monkeypatch, mosi, mosei):
             find_data(TASKS["mosei"], root, "train")
 
 
+def fetch_all(task, folder):
+    for split in SPLITS:
+        find_data(task, folder, split, fetch=True)
+
+
 def test_folders_come_before_the_hub(tmp_path):
     assert find_llm(tmp_path) == tmp_path
-    data.fetch_llm(tmp_path)                                # what is here is not fetched
+    find_llm(tmp_path, fetch=True)                                # what is here is not fetched
     touch(*(tmp_path / name for name in TASKS["meld"].files.values()))
-    data.fetch_data(TASKS["meld"], tmp_path)
+    fetch_all(TASKS["meld"], tmp_path)
     with pytest.raises(DataError, match="a/b: no such backbone, .* --llm a/b --download, or: hf download a/b"):
         find_llm("a/b")
 
@@ -637,14 +642,14 @@ def test_a_backbone_is_fetched_without_code_and_with_weights_of_one_format(hub, 
     hub.there = [*small, "modeling_qwen.py", "assets/logo.json", *weights]
     with pytest.raises(DataError, match="no such backbone"):
         find_llm("a/b")
-    assert data.fetch_llm("a/b") is None and hub.asked == [f"model a/b {name}" for name in small + fetched]
+    assert find_llm("a/b", fetch=True) == hub.cache and hub.asked == [f"model a/b {name}" for name in small + fetched]
     assert find_llm("a/b") == hub.cache
 
 
 def test_a_data_set_is_fetched_and_checked(hub, tmp_path, capsys):
     task, none = TASKS["meld"], tmp_path / "none"
     hub.there = [f"sub/meld_{split}.pkl" for split in SPLITS] + ["README.md", "raw.pkl"]
-    data.fetch_data(task, none)
+    fetch_all(task, none)
     assert hub.asked == [f"dataset AZYoung/MELD_processed {name}" for name in hub.there[:3]]
     assert find_data(task, none, "valid") == hub.cache / "sub" / "meld_valid.pkl"
     touch(tmp_path / "data" / "meld_valid.pkl")             # a folder comes first
@@ -660,7 +665,7 @@ def test_a_data_set_is_fetched_and_checked(hub, tmp_path, capsys):
 def test_what_cannot_be_fetched_is_told_in_one_sentence(hub, error, says):
     hub.error = error
     with pytest.raises(DataError, match=says):
-        data.fetch_llm("a/b")
+        find_llm("a/b", fetch=True)
 
 
 def test_download_without_the_client(tmp_path, capsys):
@@ -668,7 +673,7 @@ def test_download_without_the_client(tmp_path, capsys):
     assert code == 2 and "pip install huggingface_hub" in err and err.count("\n") == 1
     assert "hf download AZYoung/MELD_processed --repo-type dataset" in err
     with pytest.raises(DataError, match="pip install huggingface_hub; or by hand: hf download Qwen/Qwen-1_8B"):
-        data.fetch_llm("Qwen/Qwen-1_8B")
+        find_llm("Qwen/Qwen-1_8B", fetch=True)
 
 
 def test_the_real_client_finds_what_is_in_its_cache(tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ import eval
 from adapter import OFFICIAL_NAMES, AdapterConfig, MSEAdapter, MultimodalLLM, load_adapter, save_adapter
 from data import TASKS, Batch, Split, collate, load_split, load_tokenizer
 from extras import backbone, clip
+from extras.report import write_results
 from eval import evaluate, label_logprobs, moments, score, score_labels, variants
 from model import load_llm
 
@@ -146,7 +147,7 @@ def test_results_on_disk(tmp_path):
     p = np.full((4, 7), 0.1)
     p[:, 1] = 0.4
     results = {"greedy": score(["0", "no", "1", "8"], split.label, task), "labels": score_labels(p, split.label, task)}
-    eval.write_results(tmp_path, split, results)
+    write_results(tmp_path, split, results)
     raw = (tmp_path / "predictions.csv").read_bytes()
     lines = list(csv.reader(raw.decode("utf-8-sig").splitlines(keepends=True)))
     assert raw.startswith("\ufeffid,text,truth,answer,parsed,p(neutral),p(surprise)".encode())
@@ -167,7 +168,7 @@ def test_results_of_intensities_on_disk(tmp_path):
     task = TASKS["mosei"]
     split, p = rows(task), np.full((4, 61), 1 / 61)
     results = {"labels": score_labels(p, split.label, task), "greedy": score(["x"] * 4, split.label, task)}
-    eval.write_results(tmp_path, split, results, "-valid")
+    write_results(tmp_path, split, results, "-valid")
     text = (tmp_path / "metrics-valid.json").read_text()
     report = json.loads(text, parse_constant=pytest.fail)["labels"]     # NaN is no JSON
     assert report["scores"]["corr"] is report["intervals"]["corr"] is None
