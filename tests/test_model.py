@@ -271,6 +271,7 @@ def test_padded_rows_equal_rows_alone(llm, before, recompute):
         near(h[-T:], alone[0][0, -T:])
         near(g[-T:], alone[1][0, -T:])
     assert not gradient[~real].any() and gradient[real].any(dim=-1).all()
+    assert llm.places(x, real, None).sees.any(dim=-1).all()             # a softmax over nothing may be NaN
 
 
 @LENGTHS
