@@ -1,24 +1,24 @@
 """Time training steps and answers, beside the same work done through `transformers`.
 
-    python tests/bench.py --llm ../shared/weights/stories260K --data-dir ../shared/data --rounds 40
-    python tests/bench.py --shape 100m --tokenizer ../shared/tokenizers/llama2 --data-dir ../shared/data --batch 4
+    python tests/bench.py --llm PATH --data-dir DIR --rounds 40
+    python tests/bench.py --shape 100m --tokenizer PATH --data-dir DIR --batch 4
     python tests/bench.py --shape llama2-7b --device cuda --dtype bfloat16 --batch 8 --recompute 32
-    python tests/bench.py --shape 100m --scaling            cost by rows and tokens, memory by recomputed blocks
+    python tests/bench.py --shape 100m --scaling    cost by rows and tokens, memory by recomputed blocks
 
 Four ways with the same weights take turns, so that a noisy machine hurts all alike:
     default     this repository: real tokens only; answers with --eval-batch rows of like length
     official    this repository, on the release's rows
-    peer        transformers used well, on the rows of default. Training: padded behind, no mask, the head at the
-                label's positions only. Answers: its `generate`, padded in front, with a mask
-    release     transformers as the release uses it: rows of fixed length, in random order, --batch at a time also
-                when answering, logits over the vocabulary at every position, in `generate`, too
-TFLOP/s count 4 FLOP per weight of the blocks and token, 6 with recomputation, 2 when answering. `of product` is their
-share of what a plain matrix product reaches on the same device.
+    peer        transformers used well, on the rows of default. Training: padded behind, no mask, the head at
+                the label's positions only. Answers: its `generate`, padded in front, with a mask
+    release     transformers as the release uses it: rows of fixed length, in random order, --batch at a time
+                also when answering, logits over the vocabulary at every position, in `generate`, too
+TFLOP/s count 4 FLOP per weight of the blocks and token, 6 with recomputation, 2 when answering. `of product`
+is their share of what a plain matrix product reaches on the same device.
 """
-import argparse
 import math
 import sys
 import time
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 import torch
@@ -43,9 +43,9 @@ PRODUCT, PRODUCTS = (870, 768, 4096), 20        # a plain matrix product, and ho
 def random_llm(shape: str, device: str, dtype) -> LLM:
     """A backbone of a published shape with small random weights."""
     layers, dim, heads, ffn, vocab = SHAPES[shape]
-    sizes = dict(n_layer=layers, dim=dim, n_head=heads, n_kv_head=heads, head_dim=dim // heads, ffn_dim=ffn)
     with torch.device("meta"):
-        llm = LLM(Config("llama", **sizes, vocab_size=vocab, max_len=4096, norm_eps=1e-5, rope_dim=dim // heads))
+        head = dim // heads
+        llm = LLM(Config("llama", dim, layers, heads, heads, head, ffn, vocab, 4096, 1e-5, rope_dim=head))
     llm = llm.to(dtype).to_empty(device=device)
     torch.manual_seed(0)
     for p in llm.parameters():
@@ -56,12 +56,11 @@ def random_llm(shape: str, device: str, dtype) -> LLM:
 def transformers_twin(llm: LLM):
     """The same weights in a transformers LLaMA with its default attention."""
     from transformers import LlamaConfig, LlamaForCausalLM
-
     c = llm.config
     config = LlamaConfig(
         vocab_size=c.vocab_size, hidden_size=c.dim, intermediate_size=c.ffn_dim, num_hidden_layers=c.n_layer,
         num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head, rms_norm_eps=c.norm_eps,
-        max_position_embeddings=c.max_len, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+        max_position_embeddings=c.max_len, tie_word_embeddings=False, eos_token_id=2, pad_token_id=0)
     with torch.device("meta"):
         twin = LlamaForCausalLM(config)
     weights = {}
@@ -129,7 +128,6 @@ def pick(ways: dict, split, size: int, seed, args) -> dict:
 
 
 def clock(device: str) -> float:
-    """Seconds, after what the device had to do."""
     if device.startswith("cuda"):
         torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -163,8 +161,8 @@ def report(title: str, ways: dict, rounds: dict, seconds: dict, flops: int):
             tokens = sum(int(net.rows(batch)[1].sum()) for batch in batches[name])
         rate, n, took = flops * weights * tokens / seconds[name], rows[name], seconds[name]
         peer, release = (took / n * rows[other] / seconds[other] for other in ("peer", "release"))
-        print(f"{name:9}{n:6}{took:10.2f}{n / took:9.1f}{tokens / n:12.1f}{rate / 1e12:9.3f}{rate / product:12.2f}"
-              f"{peer:10.2f}{release:12.2f}")
+        print(f"{name:9}{n:6}{took:10.2f}{n / took:9.1f}{tokens / n:12.1f}{rate / 1e12:9.3f}"
+              f"{rate / product:12.2f}{peer:10.2f}{release:12.2f}")
     print(f"product of {PRODUCT[0]} x {PRODUCT[1]} x {PRODUCT[2]} {product / 1e12:24.3f}")
 
 
@@ -212,7 +210,7 @@ def kept_bytes(llm, x, recompute: int) -> int:
 
 
 def scaling(llm, device: str):
-    """Cost of a forward and backward through the backbone, by rows and tokens; its memory by recomputed blocks."""
+    """Cost of a forward and backward by rows and tokens; memory by recomputed blocks."""
     def rows(n, tokens):
         return llm.embed.weight.new_ones(n, tokens, llm.config.dim).normal_().requires_grad_()
 
@@ -233,7 +231,7 @@ def scaling(llm, device: str):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--llm", help="checkpoint folder [the demo's]")
     add("--shape", choices=SHAPES, help="a published shape with random weights instead")
@@ -253,9 +251,8 @@ def main():
     print(f"{args.shape or folder}: {sum(p.numel() for p in llm.parameters()):,} parameters, {args.dtype} on "
           f"{args.device}, {torch.get_num_threads()} threads, batch {args.batch}")
     if args.scaling:
-        scaling(llm, args.device)
-    else:
-        compare(llm, load_tokenizer(args.tokenizer or folder), TASKS[args.data], args)
+        return scaling(llm, args.device)
+    compare(llm, load_tokenizer(args.tokenizer or folder), TASKS[args.data], args)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What is loaded from disk: sizes from config.json, weights from .safetensors or .bin; what must be refused is."""
+"""Sizes from config.json, weights from .safetensors or .bin: what is right loads, all else is refused."""
 import json
 import subprocess
 import sys
@@ -75,7 +75,7 @@ PARTIAL = {"rope_type": "default", "partial_rotary_factor": 0.5}
     ("llama", {"rope_scaling": {"factor": 8.0, "rope_type": "longrope"}}, ["rope_scaling", "longrope"]),
     ("mistral", {"sliding_window": 4096}, ["sliding_window is 4096"]),
     ("llama", {"rope_scaling": "linear"}, ["rope_scaling", "linear"]),
-    ("llama", {"rope_scaling": {"type": "dynamic"}, "rope_parameters": {"rope_type": "default"}}, ["dynamic"]),
+    ("llama", {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"type": "ntk"}}, ["ntk"]),
     ("llama", {"rope_parameters": PARTIAL}, ["partial_rotary_factor", "0.5"]),
     ("qwen2", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, ["yarn"]),
     ("qwen2", {"rope_scaling": YARN}, ["yarn", "delete the key"]),
@@ -238,7 +238,7 @@ def test_published_rotary_tables_are_let_be(checkpoint, bins, family, name):
     folder = checkpoint(family)
     resave(folder, lambda t: t.update({name: torch.ones(5)}))
     load_llm(folder)
-    load_llm(bins(family, change={name: torch.ones(1).expand(1 << 40)}))        # 4 TB of them, from one number
+    load_llm(bins(family, change={name: torch.ones(1).expand(1 << 40)}))    # 4 TB, from one number
 
 
 def test_a_tied_head_that_is_stored_must_be_the_embedding(tmp_path):
@@ -290,7 +290,7 @@ def test_quantised_weights_are_refused(checkpoint):
     refused(folder, name(0, "qweight"), "torch.int32", "model.safetensors", "fp16, bf16 or fp32")
 
 
-@pytest.mark.filterwarnings("ignore")                                   # some kinds are on their way out of torch
+@pytest.mark.filterwarnings("ignore")                           # some kinds are on their way out of torch
 @pytest.mark.parametrize("make, word", [
     (lambda: torch.eye(4).to_sparse(), "no plain dense tensor"),
     (lambda: torch.quantize_per_tensor(torch.ones(3, 3), 0.1, 0, torch.qint8), "torch.qint8"),
@@ -321,7 +321,8 @@ def test_a_tensor_in_two_files_is_refused_unless_the_index_tells_them_apart(tiny
 
 def test_an_index_that_is_wrong_is_refused(shards):
     folder, index, homes = shards
-    for found in ({}, {"weight_map": {}}, {"weight_map": []}, {"weight_map": {**homes, "x": "../x.safetensors"}}):
+    above = {**homes, "x": "../x.safetensors"}
+    for found in ({}, {"weight_map": {}}, {"weight_map": []}, {"weight_map": above}):
         index.write_text(json.dumps(found))
         refused(folder, index, "weight_map")
     index.write_text(json.dumps({"weight_map": {**homes, "lm_head.weight": homes["model.norm.weight"]}}))

@@ -1,4 +1,4 @@
-"""The backbone against slow independent formulas, part by part and whole; padding, cache, decoding, recomputation.
+"""The backbone against slow independent formulas; padding, cache, decoding, recomputation.
 
 Backbones are in float64 here: see `tiny64` and `near` in conftest.py.
 """
@@ -15,7 +15,7 @@ from data import load_tokenizer
 from model import LLM, MLP, Config, KVCache, apply_rope, at_real, load_llm, rope_table
 
 # ---------------------------------------------------------------------------------------------------------
-# The same transformer a second time: in fp64, one row, one head and one position at a time, on the published tensors
+# The same transformer a second time: one row, one head, one position at a time, on the published tensors
 
 
 def slow_norm(x, weight, eps):
@@ -36,15 +36,17 @@ def slow_rope(x, positions, theta, width, interleaved):
 
 def slow_head(q, k, v):
     """One head, q, k, v (T, D): each position looks at itself and at those before it."""
-    return torch.stack([(q[t] @ k[:t + 1].T / math.sqrt(q.size(1))).softmax(dim=0) @ v[:t + 1] for t in range(len(q))])
+    scores = [q[t] @ k[:t + 1].T / math.sqrt(q.size(1)) for t in range(len(q))]
+    return torch.stack([score.softmax(dim=0) @ v[:t + 1] for t, score in enumerate(scores)])
 
 
 def slow_attention(q, k, v, heads, *rope):
-    """q (T, H D), k, v (T, K D) -> (T, H D). For H = 6, K = 2 query heads 0 1 2 read key/value head 0, 3 4 5 read 1."""
+    """q (T, H D), k, v (T, K D) -> (T, H D). H = 6, K = 2: query heads 0 1 2 read k/v head 0, others 1."""
     D = q.size(1) // heads
     q, k, v = (x.split(D, dim=1) for x in (q, k, v))
     q, k = ([slow_rope(x, *rope) for x in part] for part in (q, k))
-    return torch.cat([slow_head(q[h], k[h * len(k) // heads], v[h * len(k) // heads]) for h in range(heads)], dim=1)
+    shared = [i * len(k) // heads for i in range(heads)]
+    return torch.cat([slow_head(q[i], k[j], v[j]) for i, j in enumerate(shared)], dim=1)
 
 
 def slow_mlp(x, gate, up, down):
@@ -60,12 +62,14 @@ def published_layer(raw, w, i):
         rest = "ln_1", "attn.c_proj", "ln_2", "mlp.w2", "mlp.w1", "mlp.c_proj"
     elif raw["model_type"] == "chatglm":
         p = f"transformer.encoder.layers.{i}."
-        sizes = [n * raw["kv_channels"] for n in (raw["num_attention_heads"], *[raw["multi_query_group_num"]] * 2)]
+        heads = raw["num_attention_heads"], raw["multi_query_group_num"], raw["multi_query_group_num"]
+        sizes = [n * raw["kv_channels"] for n in heads]
         name = p + "self_attention.query_key_value."
         qkv = list(zip(w[name + "weight"].split(sizes), w[name + "bias"].split(sizes)))
         gate, up = w[p + "mlp.dense_h_to_4h.weight"].chunk(2)
         w = {**w, p + "gate.weight": gate, p + "up.weight": up}
-        rest = "input_layernorm", "self_attention.dense", "post_attention_layernorm", "gate", "up", "mlp.dense_4h_to_h"
+        norms = "input_layernorm", "post_attention_layernorm"
+        rest = norms[0], "self_attention.dense", norms[1], "gate", "up", "mlp.dense_4h_to_h"
     else:
         p = f"model.layers.{i}."
         qkv = [(w[f"{p}self_attn.{x}_proj.weight"], w.get(f"{p}self_attn.{x}_proj.bias", 0)) for x in "qkv"]
@@ -103,8 +107,8 @@ def slow_llm(raw, tensors, ids, positions=None):
 
 def config(**change) -> Config:
     """Sizes for a test of one part; 4 of a head's 6 channels turn."""
-    sizes = dict(family="llama", dim=20, n_layer=2, n_head=6, n_kv_head=2, head_dim=6, ffn_dim=14, vocab_size=31,
-                 max_len=64, norm_eps=1e-2, rope_theta=50.0, rope_dim=4, qkv_bias=True)
+    sizes = dict(family="llama", dim=20, n_layer=2, n_head=6, n_kv_head=2, head_dim=6, ffn_dim=14, max_len=64,
+                 vocab_size=31, norm_eps=1e-2, rope_theta=50.0, rope_dim=4, qkv_bias=True)
     return Config(**{**sizes, **change})
 
 
@@ -134,9 +138,9 @@ def test_rope_is_a_complex_rotation_by_position(interleaved, width):
     c, x = config(rope_dim=width), random("rope.x", 2, 3, 7, 6)         # B, heads, T, D
     positions = torch.tensor([[0, 1, 2, 3, 4, 5, 6], [0, 0, 0, 1, 2, 60, 7]])
     ours = apply_rope(x, rope_table(positions, c), interleaved)
-    for row in range(2):
-        for head in range(3):
-            near(ours[row, head], slow_rope(x[row, head], positions[row].tolist(), c.rope_theta, width, interleaved))
+    how = c.rope_theta, width, interleaved
+    for row, at in enumerate(positions.tolist()):
+        near(ours[row], torch.stack([slow_rope(head, at, *how) for head in x[row]]))
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
@@ -207,18 +211,20 @@ def test_equals_transformers(kind, tied, tmp_path):
     import transformers
 
     theirs = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(
-        hidden_size=60, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2, intermediate_size=34,
-        vocab_size=83, max_position_embeddings=64, rope_theta=3000.0, tie_word_embeddings=tied,
+        hidden_size=60, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2, vocab_size=83,
+        intermediate_size=34, max_position_embeddings=64, rope_theta=3000.0, tie_word_embeddings=tied,
         bos_token_id=1, eos_token_id=None, pad_token_id=0)).eval()
     for name, p in theirs.named_parameters():
         p.data = recipe(name, p.shape, 0.2, mean=1.0 if "norm" in name else 0.0)
     theirs.save_pretrained(tmp_path)
     theirs.double()
-    llm, ids = load_llm(tmp_path, dtype=torch.float64), torch.tensor([[2, 71, 82, 8, 18, 28], [45, 9, 0, 4, 52, 35]])
+    llm = load_llm(tmp_path, dtype=torch.float64)
+    ids = torch.tensor([[2, 71, 82, 8, 18, 28], [45, 9, 0, 4, 52, 35]])
     assert llm.config.tied_head == tied and llm.config.n_kv_head == 2
     with torch.no_grad():
         near(llm.logits(llm(llm.embed(ids))), theirs(ids).logits)
-        expected = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)[:, 6:]
+        mask = torch.ones_like(ids)
+        expected = theirs.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False)[:, 6:]
     assert torch.equal(llm.generate(llm.embed(ids), 8), expected)
 
 
@@ -227,7 +233,7 @@ def test_equals_transformers(kind, tied, tmp_path):
 
 
 def padded(llm, lengths):
-    """Rows of these lengths, each alone (1, T, C); the same with noise in front (B, T, C); what is real (B, T)."""
+    """Rows of these lengths, each alone (1, T, C); with noise in front (B, T, C); what is real (B, T)."""
     rows = [random(f"row.{n}", 1, length, llm.config.dim) for n, length in enumerate(lengths)]
     x = 20 * random("padding", len(rows), max(lengths), llm.config.dim)
     real = torch.zeros(x.shape[:2], dtype=torch.bool)
@@ -266,6 +272,7 @@ def test_padded_rows_equal_rows_alone(llm, before, recompute):
         near(h[-T:], alone[0][0, -T:])
         near(g[-T:], alone[1][0, -T:])
     assert not gradient[~real].any() and gradient[real].any(dim=-1).all()
+    assert llm.places(x, real, None).sees.any(dim=-1).all()             # a softmax over nothing may be NaN
 
 
 @LENGTHS
