@@ -269,8 +269,8 @@ class Recompute(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, block, places, cache):
         assert not any(p.requires_grad for p in block.parameters()), "Recompute is for frozen blocks only"
-        if cache is not None:           # it would be stored twice; and gradients would not flow into it
-            assert cache.frozen and not cache.layers[block.attn.layer][0].requires_grad, "the cache must be frozen"
+        fit = cache is None or (cache.frozen and not cache.layers[block.attn.layer][0].requires_grad)
+        assert fit, "what is cached would be stored twice, or gradients into it lost: take a frozen cache"
         ctx.save_for_backward(x)
         ctx.block, ctx.places, ctx.cache = block, places, cache
         return block(x, places, cache)  # autograd is off in here: nothing of the block is kept
