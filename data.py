@@ -30,6 +30,7 @@ import numpy as np
 import sentencepiece
 import torch
 
+from extras.check import check
 from extras.hub import LLM_FILES, hub_folder
 from extras.pickles import DataError, read_pickle
 
@@ -150,6 +151,13 @@ class Task:
             return list(range(len(self.labels)))
         low, high = self.range
         return [i / 10 for i in range(round(10 * low), round(10 * high) + 1)]
+
+    def number(self, label) -> int | float | None:
+        """A class's number, or the intensity; None for what is no label of the task."""
+        if self.labels:
+            return {name: i for i, name in enumerate(self.labels)}.get(str(label))
+        fits = isinstance(label, (int, float)) and self.range[0] <= label <= self.range[1]
+        return float(label) if fits else None
 
     def wording(self, family: str, official: bool = False) -> Wording:
         """The words around a row; official: the release's, to the letter, else each run of spaces is one."""
@@ -538,6 +546,10 @@ class Split:
         """The real frames of a row's "audio" or "video"."""
         return getattr(self, kind)[row][:getattr(self, f"{kind}_len")[row]]
 
+    def frames(self, kind: str, row: int) -> np.ndarray:
+        """The same as fp32 without NaN and infinities, see clean."""
+        return clean(self.features(kind, row))
+
 def read_split(task: Task, file: Path, split: str) -> Split:
     """A split just as the file has it; `problems` looks at its rows. Raises DataError for another layout.
 
@@ -596,13 +608,6 @@ def scalar(x):
         x = int(x)
     return str(x, "utf-8", "replace") if isinstance(x, (bytes, memoryview)) else x
 
-def number(task: Task, label) -> int | float | None:
-    """A class's number, or the intensity; None for what is no label of the task."""
-    if task.labels:
-        return {name: i for i, name in enumerate(task.labels)}.get(str(label))
-    fits = isinstance(label, (int, float)) and task.range[0] <= label <= task.range[1]
-    return float(label) if fits else None
-
 def is_features(x) -> bool:
     return isinstance(x, np.ndarray) and x.ndim == 2 and x.dtype.kind in "fiub" and x.shape[1] > 0
 
@@ -619,7 +624,7 @@ def problems(task: Task, data: Split, widths: dict):
             yield row, "text", f"a text that is {text!r:.60}; expected a string, '' for none", True
         elif WRONG_TEXT.search(text):
             yield row, "text", "a text that was decoded wrongly, or is nan", False
-        if number(task, label) is None:
+        if task.number(label) is None:
             yield row, "label", f"the label {label!r:.60}; expected {wanted}", True
         for kind in FEATURES:
             x, length = getattr(data, kind)[row], getattr(data, f"{kind}_len")[row]
@@ -656,7 +661,7 @@ def load_split(task: Task, data_dir, split: str) -> Split:
                             f"python data.py {task.name} --data-dir {data_dir}")
     for has, n in (+told).items():
         print(f"{task.name} {split}: {n} rows have {has}", file=sys.stderr)
-    data.label = [number(task, label) for label in data.label]
+    data.label = [task.number(label) for label in data.label]
     return data
 
 class Batch(NamedTuple):
@@ -671,7 +676,7 @@ class Batch(NamedTuple):
 def collate(split: Split, rows) -> Batch:
     """The batch of these row numbers."""
     def padded(kind):
-        features = [clean(split.features(kind, row)) for row in rows]
+        features = [split.frames(kind, row) for row in rows]
         lengths = [len(x) for x in features]
         x = torch.zeros(len(rows), max(1, *lengths), features[0].shape[1])
         for i, length in enumerate(lengths):
@@ -694,8 +699,6 @@ def batches(split: Split, size: int, seed: int | None = None, epoch: int = 0):
         yield collate(split, rows)
 
 def main(argv=None) -> int:
-    from extras.check import check              # it imports this file
-
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=TASKS, help="the data set")
@@ -710,7 +713,11 @@ def main(argv=None) -> int:
             for split in SPLITS:
                 find_data(task, data_dir, split, fetch=True)
         tokenizer = load_tokenizer(find_llm(args.llm)) if args.llm else None
-        return 1 if check(task, data_dir, tokenizer) else 0
+        files = {split: find_data(task, data_dir, split) for split in SPLITS}
+        splits = {split: read_split(task, file, split) for split, file in files.items()}
+        widths = {}
+        found = {split: list(problems(task, data, widths)) for split, data in splits.items()}
+        return 1 if check(task, files, splits, found, tokenizer) else 0
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -10,7 +10,6 @@ import argparse
 import json
 import re
 import sys
-import unicodedata
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -24,8 +23,11 @@ from tqdm import tqdm
 
 from adapter import MultimodalLLM, load_adapter
 from data import FEATURES, HERE, SPLITS, TASKS, Split, Task
-from data import clean, collate, find_llm, load_split, load_tokenizer
+from data import collate, find_llm, load_split, load_tokenizer
+from extras import backbone
+from extras.clip import clip_row, clip_text, found
 from extras.files import read_json
+from extras.report import aligned, write_results
 from model import load_llm
 
 # --- Answers: the LLM's text -> a number, or None -----------------------------------------------------------
@@ -195,6 +197,18 @@ class Result:
     def intervals(self) -> dict[str, tuple[float, float]]:
         return bootstrap(metrics_of(self.task), self.pred, self.true)
 
+    def counts(self) -> np.ndarray:
+        """`confusion` of the answers as parsed, for classes."""
+        return confusion(self.values, self.true, len(self.task.labels))
+
+    def per_class(self) -> tuple:
+        """Precision, recall, F1 and support of each class."""
+        return per_class(self.counts())
+
+    def moments(self) -> np.ndarray:
+        """Mean and standard deviation of each row's intensity, (2, rows), if labels were scored."""
+        return moments(self.probabilities, self.task)
+
     def line(self) -> str:
         n = len(self.true)
         return f"{in_words(self.scores)}, unparsed {self.unparsed}/{n}, out of range {self.out_of_range}/{n}"
@@ -222,17 +236,6 @@ def in_words(scores: dict[str, float]) -> str:
         why = f" ({WHY_NAN.get(name, 'no rows')})" if np.isnan(x) else ""
         words.append(f"{name.replace('_', ' ')} {x:.4f}{why}")
     return ", ".join(words)
-
-def aligned(lines) -> str:
-    """Lines of cells as text in columns, flush right."""
-    def width(cell):                    # in a terminal, where a Chinese character takes two columns
-        return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in str(cell))
-
-    widths, text = [max(map(width, column)) for column in zip(*lines, strict=True)], []
-    for line in lines:
-        cells = [" " * (n - width(cell)) + str(cell) for n, cell in zip(widths, line)]
-        text.append("  ".join(cells).rstrip())
-    return "\n".join(text)
 
 def score(answers: list, true: list, task: Task, official: bool = False) -> Result:
     """Parse and score. A class answer that did not parse or is no class is wrong; an intensity that did not
@@ -353,6 +356,12 @@ def variants(split: Split) -> dict[str, Split]:
         "video shuffled": replace(split, video=moved(split.video), video_len=moved(split.video_len)),
         "text empty": replace(split, text=[""] * len(split))}
 
+def one_clip(net: MultimodalLLM, row: Split) -> dict:
+    """The answer to a split of one row by label scoring, greedily, and again without each part."""
+    parts = {name: part for name, part in variants(row).items() if "shuffled" not in name}
+    results = {name: evaluate(net, part, 1, decode="labels") for name, part in parts.items()}
+    return found(results, net.task) | {"greedy": evaluate(net, row, 1).answers[0]}
+
 def ablation(net: MultimodalLLM, split: Split, size: int, decode: str = "greedy",
              readout: str = "mean") -> list[str]:
     """One line per modality dropped from the same trained model, and for both."""
@@ -388,7 +397,7 @@ def feature_range(split: Split) -> dict[str, list]:
     """{"audio": [low, high], "video": ...}: each feature's least and largest value over all real frames."""
     ranges = {}
     for m in FEATURES:
-        frames = (clean(split.features(m, row)) for row in range(len(split)))       # one row in memory
+        frames = (split.frames(m, row) for row in range(len(split)))       # one row in memory
         ends = [(x.min(axis=0), x.max(axis=0)) for x in frames if len(x) > 0]
         if ends:
             low, high = zip(*ends)
@@ -399,8 +408,6 @@ def feature_range(split: Split) -> dict[str, list]:
 
 def score_split(net: MultimodalLLM, split: Split, run: Path, settings: dict, args):
     """Print and write what a split scores: first as the run was selected, then the other way of decoding."""
-    from extras.report import write_results     # it imports this file
-
     first, results = args.decode or settings["decode"], {}
     for decode in sorted(DECODE, key=lambda decode: decode != first):
         if args.decode in (None, decode):
@@ -437,8 +444,6 @@ def parse_args():
     return args
 
 def main():
-    from extras import backbone, clip           # they import this file
-
     args = parse_args()
     file = args.run / "settings.json"
     if not file.is_file():
@@ -459,8 +464,9 @@ def main():
         return
     if args.text is not None:
         paths = {"audio": args.audio, "video": args.video}
-        found = clip.clip(net, args.text, paths, read_json(args.run / "features.json"))
-        print(json.dumps(found, ensure_ascii=False, indent=1) if args.json else clip.clip_text(found))
+        row, notes = clip_row(net, args.text, paths, read_json(args.run / "features.json"))
+        answer = one_clip(net, row) | {"notes": notes}
+        print(json.dumps(answer, ensure_ascii=False, indent=1) if args.json else clip_text(answer))
         return
     split = load_split(task, args.data_dir or settings["data_dir"] or HERE / task.home, args.split)
     if args.check_backbone:

@@ -4,7 +4,6 @@ import torch
 
 from adapter import MultimodalLLM
 from data import Task, special_ids
-from eval import label_logprobs
 
 # --- The backbone itself ------------------------------------------------------------------------------------
 
@@ -32,7 +31,6 @@ def check_backbone(net: MultimodalLLM, fresh: list, batch) -> str:
     """Answer a batch, take a training step on it, then compare the backbone bit by bit with `fresh`, the
     fingerprints of a copy that never saw an adapter. Raises ValueError if they differ."""
     net.answer(batch)
-    label_logprobs(net, batch)
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)            # the frozen ones too
     net.loss(batch).backward()
     optimizer.step()

@@ -5,28 +5,25 @@ from collections import Counter, defaultdict
 
 import numpy as np
 
-from data import FEATURES, SPLITS, Split, Task, clean, find_data, number, problems, read_split
+def check(task, files: dict, splits: dict, problems: dict, tokenizer=None, shown: int = 10) -> int:
+    """Print what a data set holds, then its problems by row, some of each kind; returns their number.
 
-def check(task: Task, data_dir, tokenizer=None, shown: int = 10) -> int:
-    """Print what a data set holds, then its problems by row, some of each kind; returns their number."""
-    splits, widths, found, published = {}, {}, defaultdict(list), False
-    for split in SPLITS:
-        file = find_data(task, data_dir, split)
-        data, bad = read_split(task, file, split), set()
-        print(f"{split}: {beside(len(data), task.rows.get(split))} rows in {file}")
-        if task.sha256 and split == SPLITS[0]:          # the published files have odd values and doubles
-            published = hashlib.sha256(np.memmap(file, mode="r")).hexdigest() == task.sha256
+    By split: the file, a data.Split, and what data.problems finds: (row, field, what it has, is that unusable?).
+    """
+    usable, found, published = {}, defaultdict(list), False
+    for split, data in splits.items():
+        print(f"{split}: {beside(len(data), task.rows.get(split))} rows in {files[split]}")
+        if task.sha256 and not usable:                  # the published files have odd values and doubles
+            published = hashlib.sha256(np.memmap(files[split], mode="r")).hexdigest() == task.sha256
             print(f"  sha256   {'as published' if published else 'not the published one: another version'}")
-        for row, name, has, unusable in problems(task, data, widths):
-            if unusable:
-                bad.add(row)
+        bad = {row for row, _, _, unusable in problems[split] if unusable}
+        for row, name, has, unusable in problems[split]:
             if unusable or not published:
                 found[split, name].append((row, has))
-        rows = [row for row in range(len(data)) if row not in bad]
-        splits[split] = data, rows
-        if rows:
-            describe(task, data, rows, tokenizer)
-    for split, row, has in compare(task, splits):
+        usable[split] = [row for row in range(len(data)) if row not in bad]
+        if usable[split]:
+            describe(task, data, usable[split], tokenizer)
+    for split, row, has in compare(task, splits, usable):
         if not published:
             found[split, "double"].append((row, has))
     for (split, name), listed in found.items():
@@ -42,7 +39,7 @@ def beside(found, published) -> str:
     note = "as published" if found == published else f"published: {published}"
     return f"{found} ({note})" if published else f"{found}"
 
-def describe(task: Task, data: Split, rows: list, tokenizer):
+def describe(task, data, rows: list, tokenizer):
     """Print what these rows hold: texts, features, labels."""
     texts, cut = [data.text[row] for row in rows], ""
     sizes = [len(text) for text in texts]
@@ -50,10 +47,10 @@ def describe(task: Task, data: Split, rows: list, tokenizer):
         n = sum(len(tokenizer.encode(text)) > task.text_len for text in texts)
         cut = f"; {n} ({n / len(rows):.1%}) have more than {task.text_len} tokens and will be cut"
     print(f"  text     {min(sizes)} to {max(sizes)} characters, {sizes.count(0)} empty{cut}")
-    for kind in FEATURES:
+    for kind in ("audio", "video"):
         lengths, figures = [getattr(data, f"{kind}_len")[row] for row in rows], []
         for row in rows:
-            x = clean(data.features(kind, row)).astype(float)
+            x = data.frames(kind, row).astype(float)
             low, high = x.min(initial=math.inf), x.max(initial=-math.inf)
             figures.append((low, high, x.size, x.sum(), (x * x).sum()))
         low, high, n, total, squares = np.array(figures).T
@@ -73,7 +70,7 @@ def describe(task: Task, data: Split, rows: list, tokenizer):
     for has, n in data.told.items():
         print(f"  remark   {n} rows have {has}")
     print(f"  unused   {', '.join(data.unused) or 'nothing else is in the file'}")
-    labels, names = [number(task, data.label[row]) for row in rows], task.labels
+    labels, names = [task.number(data.label[row]) for row in rows], task.labels
     if not names:                       # a bar for each step in the range of an intensity
         low, high = task.range
         step = 1.0 if high > 1 else 0.2
@@ -83,14 +80,15 @@ def describe(task: Task, data: Split, rows: list, tokenizer):
         share = labels.count(i) / len(rows)
         print(f"  {name:8} {labels.count(i):6,} {share:6.1%} {'#' * round(60 * share)}".rstrip())
 
-def compare(task: Task, splits: dict) -> list:
+def compare(task, splits: dict, usable: dict) -> list:
     """The rows that are in two splits: (split, row, what it has). Texts and ids in two are only counted."""
     texts, ids, first, doubles, known = Counter(), Counter(), {}, [], 0
-    for split, (data, rows) in splits.items():
+    for split, data in splits.items():
+        rows = usable[split]
         texts.update({data.text[row] for row in rows})
         ids.update({data.id[row] for row in rows if data.id[row] != str(row)})      # ids of their own
         for row in rows:
-            text, features = data.text[row], [clean(data.features(kind, row)) for kind in FEATURES]
+            text, features = data.text[row], [data.frames(kind, row) for kind in ("audio", "video")]
             content = hash((text, data.label[row], *(x.tobytes() for x in features)))
             before, twin = first.setdefault(content, (split, row))
             if before == split or not any(x.any() for x in features):       # without features: only a text

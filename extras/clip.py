@@ -2,8 +2,8 @@
 import numpy as np
 
 from adapter import MultimodalLLM
-from data import FEATURES, Split, clean
-from eval import aligned, evaluate, moments, variants
+from data import FEATURES, Split, Task, clean
+from extras.report import aligned
 
 def read_features(path, width: int) -> np.ndarray:
     """The numbers (frames, width) in a .npy file. Raises ValueError if it holds anything else."""
@@ -34,31 +34,32 @@ def oddities(x: np.ndarray, modality: str, ranges: dict) -> list[str]:
                      f"there {low[k]:.4g} to {high[k]:.4g}")
     return notes
 
-def clip(net: MultimodalLLM, text: str, paths: dict, ranges: dict) -> dict:
-    """Answer one clip, and again without each part. paths: {modality: .npy file, or None: missing}."""
-    task, columns, notes = net.task, {}, []
+def clip_row(net: MultimodalLLM, text: str, paths: dict, ranges: dict) -> tuple[Split, list[str]]:
+    """A clip as a split of one row, and what is strange about it. paths: {modality: .npy file or None}."""
+    columns, notes = {}, []
     for m in FEATURES:
         width = getattr(net.adapter.config, f"{m}_dim")
         x = read_features(paths[m], width) if paths[m] else np.zeros((0, width))
         columns |= {m: [x], f"{m}_len": [len(x)]}
         notes += oddities(x, m, ranges)
     tokens = len(net.tokenizer.encode(text))
-    if tokens > task.text_len:
-        notes.append(f"text: of {tokens} tokens the first {task.text_len} are read")
-    row = Split([text], **columns, label=task.values()[:1], id=["clip"])      # nobody looks at the label
+    if tokens > net.task.text_len:
+        notes.append(f"text: of {tokens} tokens the first {net.task.text_len} are read")
+    return Split([text], **columns, label=net.task.values()[:1], id=["clip"]), notes      # nobody reads the label
+
+def found(results: dict, task: Task) -> dict:
+    """What the clip's results by label scoring say: the whole clip's answer, and under "changes" the others."""
     names, answers = list(task.labels) or [f"{y:+.1f}" for y in task.values()], {}
-    parts = {name: part for name, part in variants(row).items() if "shuffled" not in name}
-    for name, part in parts.items():
-        p = evaluate(net, part, 1, decode="labels").probabilities
-        answers[name] = {"label": names[p.argmax()], "probability": p.max()}
+    for part, result in results.items():
+        p = result.probabilities
+        answers[part] = {"label": names[p.argmax()], "probability": p.max()}
         if not task.labels:
-            answers[name] |= zip(("mean", "std"), moments(p, task)[:, 0])
-        answers[name]["probabilities"] = dict(zip(names, p[0]))
-    found, greedy = answers.pop("all"), evaluate(net, row, 1).answers[0]
-    return {**found, "greedy": greedy, "changes": answers, "notes": notes}
+            answers[part] |= zip(("mean", "std"), result.moments()[:, 0])
+        answers[part]["probabilities"] = dict(zip(names, p[0]))
+    return {**answers.pop("all"), "changes": answers}
 
 def clip_text(found: dict) -> str:
-    """What `clip` returns, for people: a line per label, a column for the clip and one without each part."""
+    """What was found, for people: a line per label, a column for the clip and one without each part."""
     answers = [found, *found["changes"].values()]
     lines = [["", "clip", *found["changes"]], ["answer", *(answer["label"] for answer in answers)]]
     for name in found["probabilities"]:

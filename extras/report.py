@@ -3,13 +3,24 @@ release's figures."""
 import csv
 import io
 import json
+import unicodedata
 from pathlib import Path
 
 import numpy as np
 
 from data import HERE, TASKS, Split, family_words
-from eval import Result, confusion, moments, per_class
 from extras.files import write_atomic
+
+def aligned(lines) -> str:
+    """Lines of cells as text in columns, flush right."""
+    def width(cell):                    # in a terminal, where a Chinese character takes two columns
+        return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in str(cell))
+
+    widths, text = [max(map(width, column)) for column in zip(*lines, strict=True)], []
+    for line in lines:
+        cells = [" " * (n - width(cell)) + str(cell) for n, cell in zip(widths, line)]
+        text.append("  ".join(cells).rstrip())
+    return "\n".join(text)
 
 def curves(log: list, metric: str, best_epoch: int) -> str:
     """Loss, learning rate and validation score by epoch as an SVG picture, for light and dark pages."""
@@ -68,7 +79,7 @@ def recorded(family: str, task: str) -> dict:
     figures = json.loads((HERE / "docs" / "release.json").read_text(encoding="utf-8"))
     return figures.get(f"{family_words(family).name} {task}", {})
 
-def write_results(folder, split: Split, results: dict[str, Result], ending: str = ""):
+def write_results(folder, split: Split, results: dict, ending: str = ""):
     """Write metrics.json and predictions.csv into a folder; `ending` goes behind both names."""
     def plain(numbers):                                         # JSON knows no nan
         return {name: x if np.isfinite(x).all() else None for name, x in numbers.items()}
@@ -78,15 +89,14 @@ def write_results(folder, split: Split, results: dict[str, Result], ending: str 
         report[decode] = {"scores": plain(r.scores), "intervals": plain(r.intervals),
                           "unparsed": r.unparsed, "out_of_range": r.out_of_range}
         if r.task.labels:
-            counts = confusion(r.values, r.true, len(r.task.labels))
-            columns = [column.tolist() for column in per_class(counts)]
+            columns = [column.tolist() for column in r.per_class()]
             rows = [dict(zip(("precision", "recall", "f1", "rows"), row)) for row in zip(*columns)]
-            report[decode] |= {"confusion": counts.tolist(), "per_class": dict(zip(r.task.labels, rows))}
+            report[decode] |= {"confusion": r.counts().tolist(), "per_class": dict(zip(r.task.labels, rows))}
     text = json.dumps(report, indent=1, ensure_ascii=False)
     write_atomic(Path(folder) / f"metrics{ending}.json", text.encode())
     write_predictions(Path(folder) / f"predictions{ending}.csv", split, list(results.values()))
 
-def write_predictions(path, split: Split, results: list[Result]):
+def write_predictions(path, split: Split, results: list):
     """One line per row: id, text, truth, the first result's answer, what it parsed as (empty if it did not)
     and, if a result has probabilities, that of each class, or an intensity's mean and standard deviation."""
     first = results[0]
@@ -96,7 +106,7 @@ def write_predictions(path, split: Split, results: list[Result]):
     for r in results:
         if r.probabilities is not None:
             head += [f"p({name})" for name in r.task.labels] or ["mean", "std"]
-            numbers = r.probabilities.T if r.task.labels else moments(r.probabilities, r.task)
+            numbers = r.probabilities.T if r.task.labels else r.moments()
             columns += [map("{:.6f}".format, column) for column in numbers]
     file = io.StringIO()
     csv.writer(file).writerows([head, *zip(*columns)])

@@ -92,7 +92,7 @@ def test_every_task_in_both_layouts_at_the_published_shapes(tmp_path, capsys, na
         assert len(ours) == len(rows)
         for i, row in enumerate(rows):
             features = row["features"]
-            assert ours.text[i] == features["text"] and data.number(task, row["label"]) == ours.label[i]
+            assert ours.text[i] == features["text"] and task.number(row["label"]) == ours.label[i]
             for kind in FEATURES:
                 assert getattr(ours, f"{kind}_len")[i] == features[f"{kind}_len"]
                 assert np.array_equal(getattr(ours, kind)[i], features[kind])

@@ -417,8 +417,9 @@ def test_far_outside_is_by_more_than_the_whole_range():
 def test_clip_of_an_intensity(tiny, tmp_path):
     net = make(tiny["chatglm"], "simsv2")
     np.save(tmp_path / "v.npy", np.ones((2, 6), np.float32))
-    found = clip.clip(net, "好" * 50, dict(audio=None, video=tmp_path / "v.npy"), {})
-    assert found["notes"] == [
+    row, notes = clip.clip_row(net, "好" * 50, dict(audio=None, video=tmp_path / "v.npy"), {})
+    found = eval.one_clip(net, row) | {"notes": notes}
+    assert notes == [
         "audio: none given, taken as missing",
         "video: not compared with the training data, whose range was not recorded",
         "text: of 150 tokens the first 50 are read"]
