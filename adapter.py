@@ -38,9 +38,8 @@ class AdapterConfig:
     video_hidden: int
     pseudo_tokens: int                  # P
     fusion_dim: int = 256               # the common space of text, audio and video
-    # The paper's ablations
-    no_mixer: bool = False              # the modalities are added without the text's product
-    no_fusion: bool = False             # one linear layer in the place of three scales
+    no_mixer: bool = False              # ablation: the modalities are added without the text's product
+    no_fusion: bool = False             # ablation: one linear layer in the place of three scales
     modality: str = "both"              # or only "audio", only "video"
     independent_tokens: bool = False    # a linear layer from M~ to each pseudo token, no scaled copies of one vector
 
@@ -49,7 +48,6 @@ class AdapterConfig:
             raise ValueError(f"modality is {self.modality!r}; expected 'both', 'audio' or 'video'")
 
 # --- The method ---------------------------------------------------------------------------------------------
-
 class SequenceEncoder(nn.Module):
     """x = W h_last(LSTM(features)) + b: one layer, one direction, the state after the last real frame."""
 
@@ -117,7 +115,6 @@ class MSEAdapter(nn.Module):
         return self.spread(h[..., None]).transpose(1, 2)    # P_k = w_k h + c_k: scaled copies of one vector
 
 # --- The adapter in front of the LLM ------------------------------------------------------------------------
-
 class MultimodalLLM(nn.Module):
     """A frozen LLM behind an adapter, for one task.
 
@@ -152,11 +149,6 @@ class MultimodalLLM(nn.Module):
     def tensor(self, numbers):
         return torch.as_tensor(numbers, device=self.llm.embed.weight.device)
 
-    def text_ids(self, text: str) -> list[int]:
-        """The tokens of a row's text, cut at the task's length; in the release padded to it on the left."""
-        ids = self.tokenizer.encode(text)[:self.task.text_len]
-        return [self.pad_id] * (self.task.text_len - len(ids)) + ids if self.official else ids
-
     def beginning(self) -> KVCache:
         """What all rows begin with, [bos] open: read once, but for each batch where a part of the LLM trains."""
         trains = any(p.requires_grad for p in self.llm.parameters())
@@ -172,7 +164,10 @@ class MultimodalLLM(nn.Module):
         Returns x (B, T, C), padded in front; which positions of beginning and x are real, (B, S) bool; and the
         pseudo tokens (B, P, C).
         """
-        P, texts = self.adapter.config.pseudo_tokens, [self.text_ids(text) for text in batch.text]
+        P, L = self.adapter.config.pseudo_tokens, self.task.text_len
+        texts = [self.tokenizer.encode(text)[:L] for text in batch.text]
+        if self.official:
+            texts = [[self.pad_id] * (L - len(text)) + text for text in texts]
         rows = [[self.pad_id] * P + text + self.after for text in texts]
         if labels is not None:
             rows = [row + label for row, label in zip(rows, labels)]
@@ -208,15 +203,13 @@ class MultimodalLLM(nn.Module):
         """What the LLM writes after each row, greedily, up to the length of a label or its end token."""
         x, real, _ = self.rows(batch)
         if self.reread:
-            before = self.llm.embed(self.tensor([self.before] * len(x)))
-            ids = reread(self.llm, torch.cat((before, x), dim=1), self.answer_len).tolist()
+            ids = reread(self.llm, self.before, x, self.answer_len).tolist()
         else:
             ids = self.llm.generate(x, self.answer_len, real, self.eos_id, self.beginning()).tolist()
         ends = [row.index(self.eos_id) if self.eos_id in row else len(row) for row in ids]
         return [self.tokenizer.decode(row[:end]) for row, end in zip(ids, ends)]
 
 # --- Files --------------------------------------------------------------------------------------------------
-
 def identity(llm, task, official: bool) -> dict:
     """What an adapter is made for: a file's metadata, compared when it is loaded."""
     sizes = f"{llm.config.family}, {llm.config.n_layer} layers, width {llm.config.dim}, weights {llm.fingerprint}"

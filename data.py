@@ -1,16 +1,10 @@
-"""Everything about the data: what a task is and how its rows are worded, tokenizers, safe readers, batches.
+"""The data: tasks and how their rows are worded, tokenizers, files, rows and batches.
 
     python data.py meld --data-dir DIR      check a data set: what it holds, and what is wrong with which row
     python data.py meld --download          fetch it first (needs huggingface_hub)
 
-    TASKS, FAMILIES, PRESETS   every fact about the data sets, the wording of a row, the release's hyper-parameters
-    load_tokenizer             sentencepiece (LLaMA2, ChatGLM3) or byte-level BPE (Qwen)
-    read_pickle                the published pickles, without ever running one
-    find_data, find_llm, ...   files, also in the hub's cache and from the hub
-    load_split, epoch_rows, collate     rows -> shuffled row numbers -> padded arrays
-    check                      the first lines above; exit code 0: clean, 1: problems, 2: could not be read
-
-Shapes: N rows of a split, B of a batch, La / Lv frames, Da / Dv features of a frame.
+Exit code 0: clean, 1: problems, 2: could not be read. Shapes: N rows of a split, B of a batch, La / Lv frames,
+Da / Dv features of a frame.
 """
 import argparse
 import base64
@@ -37,7 +31,6 @@ from extras.pickles import DataError, read_pickle
 HERE = Path(__file__).resolve().parent
 
 # --- Wording: how the release words a row for each family of backbones --------------------------------------
-
 _CLASS_EN = "Please recognize the emotion of the above multimodal content from the"
 _CLASS_ZH = "请选择适用于上述多模态内容的情绪标签：<{labels}>。"
 _RANGE_EN = "Please predict the sentiment intensity of the above multimodal content in the range "
@@ -111,7 +104,6 @@ def special_ids(words: Wording, tokenizer) -> tuple[list, int, int]:
     return bos, tokenizer.token_id(names["eos"]), tokenizer.token_id(pad)
 
 # --- Tasks --------------------------------------------------------------------------------------------------
-
 SPLITS = ("train", "valid", "test")
 
 @dataclass(frozen=True)
@@ -478,7 +470,6 @@ def load_tokenizer(path: str | Path) -> SentencePiece | ByteBPE:
     raise DataError(f"no tokenizer in {path}: copy {' or '.join(READERS)} there from the original checkpoint")
 
 # --- Files: below a folder, else in the hub's cache, which is where downloads go ----------------------------
-
 def find_llm(name, fetch: bool = False) -> Path:
     """The checkpoint's folder, given that or a hub name. Raises DataError that says how to get it."""
     if Path(name).is_dir():
@@ -520,7 +511,6 @@ def find_data(task: Task, data_dir, split: str, fetch: bool = False) -> Path:
     return found[0]
 
 # --- Rows and batches ---------------------------------------------------------------------------------------
-
 FEATURES = ("audio", "video")
 FIELDS = ("text", "audio", "video", "label", "audio_len", "video_len", "id")    # the first four are required
 WRONG_TEXT = re.compile(r"[\x80-\x9f\ufffd]|â[€„]|[ÂÃ][\xa0-\xbf]|ðŸ|([ã-é][\xa0-\xbf]{2}){2}|^([nN]a[nN])$")

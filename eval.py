@@ -31,7 +31,6 @@ from extras.report import aligned, write_results
 from model import load_llm
 
 # --- Answers: the LLM's text -> a number, or None -----------------------------------------------------------
-
 CLASS, INTENSITY = r"[0-9]+", r"[+-]?[0-9]+(\.[0-9]+)?"         # not \d, which takes "٣" too
 OFFICIAL = str.maketrans("–一", "--", "：:/(")                  # the release's: two become "-", four go
 
@@ -173,7 +172,6 @@ def bootstrap(metric, pred, true, seed: int = 0, draws: int = 1000) -> dict[str,
     return intervals
 
 # --- Evaluation ---------------------------------------------------------------------------------------------
-
 DECODE = ("greedy", "labels")           # what the LLM writes, as in the paper, or the labels' probabilities
 READOUT = ("mean", "mode")              # of those, for intensities; a class is always the most probable
 
@@ -295,11 +293,10 @@ def rows_by_length(net: MultimodalLLM, split: Split, size: int) -> list:
     order = sorted(range(len(split)), key=lengths.__getitem__)
     return [order[i:i + size] for i in range(0, len(order), size)]
 
-def evaluate(net: MultimodalLLM, split: Split, size: int, name: str = "", decode: str = "greedy",
-             readout: str = "mean") -> Result:
-    """Answer and score a split, `size` rows at a time. name: of the progress bar."""
+def evaluate(net: MultimodalLLM, split: Split, size: int, decode="greedy", readout="mean") -> Result:
+    """Answer and score a split, `size` rows at a time. decode, readout: see DECODE, READOUT."""
     outputs = [None] * len(split)
-    for rows in tqdm(rows_by_length(net, split, size), name, leave=False, disable=None):
+    for rows in tqdm(rows_by_length(net, split, size), f"{decode} answers", leave=False, disable=None):
         batch = collate(split, rows)
         found = net.answer(batch) if decode == "greedy" else label_logprobs(net, batch)
         for row, output in zip(rows, found):
@@ -308,12 +305,12 @@ def evaluate(net: MultimodalLLM, split: Split, size: int, name: str = "", decode
         return score(outputs, split.label, net.task, net.official)
     return score_labels(torch.stack(outputs).exp().double().cpu().numpy(), split.label, net.task, readout)
 
-def collapsed(result: Result, labels: list, task: Task) -> str:
+def collapsed(result: Result) -> str:
     """A warning if the answers hardly differ, with what their one value alone would score; or "".
 
     Classes: more than 95 % of the answers are the same one, or none. Intensities: the predictions' standard
     deviation is below 5 % of the labels'."""
-    n = len(labels)
+    labels, task, n = result.true, result.task, len(result.true)
     if task.labels:
         classes = [value if in_range(value, task) else -1 for value in result.values]
         value, count = Counter(classes).most_common(1)[0]
@@ -339,7 +336,6 @@ def side_by_side(results: dict[str, Result]) -> str:
     return aligned(lines)
 
 # --- What the modalities are worth --------------------------------------------------------------------------
-
 def variants(split: Split) -> dict[str, Split]:
     """The split as it is, with modalities missing, with one's features in other rows, and without text."""
     order, none = np.random.RandomState(0).permutation(len(split)), [0] * len(split)
@@ -362,11 +358,10 @@ def one_clip(net: MultimodalLLM, row: Split) -> dict:
     results = {name: evaluate(net, part, 1, decode="labels") for name, part in parts.items()}
     return found(results, net.task) | {"greedy": evaluate(net, row, 1).answers[0]}
 
-def ablation(net: MultimodalLLM, split: Split, size: int, decode: str = "greedy",
-             readout: str = "mean") -> list[str]:
+def ablation(net: MultimodalLLM, split: Split, size: int, decode="greedy", readout="mean") -> list[str]:
     """One line per modality dropped from the same trained model, and for both."""
     parts = {name: part for name, part in variants(split).items() if name.startswith("without")}
-    results = {name: evaluate(net, part, size, name, decode, readout) for name, part in parts.items()}
+    results = {name: evaluate(net, part, size, decode, readout) for name, part in parts.items()}
     return [f"test {name}: {result.line()}" for name, result in results.items()]
 
 def ablation_table(results: dict[str, Result]) -> str:
@@ -392,7 +387,6 @@ def ablation_table(results: dict[str, Result]) -> str:
     return aligned(lines)
 
 # --- One clip -----------------------------------------------------------------------------------------------
-
 def feature_range(split: Split) -> dict[str, list]:
     """{"audio": [low, high], "video": ...}: each feature's least and largest value over all real frames."""
     ranges = {}
@@ -405,18 +399,17 @@ def feature_range(split: Split) -> dict[str, list]:
     return ranges
 
 # --- Command line -------------------------------------------------------------------------------------------
-
 def score_split(net: MultimodalLLM, split: Split, run: Path, settings: dict, args):
     """Print and write what a split scores: first as the run was selected, then the other way of decoding."""
     first, results = args.decode or settings["decode"], {}
     for decode in sorted(DECODE, key=lambda decode: decode != first):
         if args.decode in (None, decode):
-            name, readout = f"{args.split}, {decode}", args.readout or settings["readout"]
-            results[decode] = evaluate(net, split, settings["eval_batch"], name, decode, readout)
+            readout = args.readout or settings["readout"]
+            results[decode] = evaluate(net, split, settings["eval_batch"], decode, readout)
     record = run / "results.json"
     best = read_json(record).get("best_epoch") if record.is_file() else "unknown"
     print(f"{args.split} (best epoch {best}): {results[first].line()}")
-    print(collapsed(results[first], split.label, net.task))
+    print(collapsed(results[first]))
     print(f"{side_by_side(results)}\n\n{first}:\n{results[first].table()}\n")
     write_results(run, split, results, f"-{args.split}")        # the run's own record, without ending, stays
     print(f"wrote {run}/metrics-{args.split}.json and predictions-{args.split}.csv")
@@ -476,7 +469,7 @@ def main():
         way = args.decode or settings["decode"], args.readout or settings["readout"]
         results = {}
         for name, part in variants(split).items():
-            results[name] = evaluate(net, part, settings["eval_batch"], name, *way)
+            results[name] = evaluate(net, part, settings["eval_batch"], *way)
         print(ablation_table(results))
     else:
         score_split(net, split, args.run, settings, args)

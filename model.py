@@ -27,7 +27,6 @@ from safetensors.torch import load_file
 from extras.files import read_json
 
 # --- Config -------------------------------------------------------------------------------------------------
-
 @dataclass(frozen=True)
 class Config:
     """The sizes of a backbone and the few switches by which the families differ."""
@@ -140,7 +139,6 @@ def check_features(raw: dict, file: Path):
                              "of the family, and of a quantised one its version in fp16, bf16 or fp32")
 
 # --- The transformer ----------------------------------------------------------------------------------------
-
 def rope_table(positions, config: Config):
     """Positions (B, T) -> cosines and sines (B, 1, T, R/2) in fp32, shared by all layers and heads."""
     steps = torch.arange(0, config.rope_dim, 2, device=positions.device).float() / config.rope_dim
@@ -368,7 +366,6 @@ class LLM(nn.Module):
         return new
 
 # --- Loading ------------------------------------------------------------------------------------------------
-
 # Our layers' names: those in a LLaMA checkpoint and its kin, in Qwen's first generation, in ChatGLM3. Several
 # tensors on disk that make one of ours are stacked along dimension 0; {} is the number of the block.
 NAMES = {

@@ -39,7 +39,6 @@ WEIGHT_DECAY = 0.01
 ADAM_EPS = 1e-4
 
 # --- Settings -----------------------------------------------------------------------------------------------
-
 def setting(kind, default, about: str, choices=None):
     """A field of Settings; its metadata is what argparse wants to know."""
     if kind is bool:
@@ -123,7 +122,6 @@ def default_dtype(device: str, official: bool, bf16_supported: bool) -> str:
     return "bfloat16" if bf16_supported and not official else "float16"
 
 # --- One step -----------------------------------------------------------------------------------------------
-
 def learning_rate(step: int, steps: int, warmup: float, peak: float) -> float:
     """1) climb from 0 over the first `warmup` of all steps, 2) fall along a cosine to 0, 3) stay there.
 
@@ -184,7 +182,6 @@ def plan_recompute(net: MultimodalLLM, train: Split, settings: Settings) -> int:
     return blocks
 
 # --- A run: its state, and the loop -------------------------------------------------------------------------
-
 class Run:
     """One seed's training: what takes part, and how far it is."""
 
@@ -253,7 +250,7 @@ def fit(run: Run, train: Split, valid: Split):
             # 1) what is left of the epoch's steps
             train_epoch(run, train, recompute)
             # 2) validate
-            result = evaluate(run.net, valid, s.eval_batch, "valid", s.decode, s.readout)
+            result = evaluate(run.net, valid, s.eval_batch, s.decode, s.readout)
             with uninterrupted():
                 # 3) keep the best epoch's adapter
                 run.log.append({
@@ -291,7 +288,6 @@ def train_epoch(run: Run, train: Split, recompute: int):
             bar.set_postfix(loss=f"{run.loss_sum / run.step:.4f}", lr=f"{rate:.1e}", refresh=False)
 
 # --- What is left of a run, and of several ------------------------------------------------------------------
-
 def tell(run: Run, result, valid: Split):
     """One line for the epoch, and an alarm where something looks wrong."""
     now, best = run.log[-1], ""
@@ -299,7 +295,7 @@ def tell(run: Run, result, valid: Split):
         best = ", best yet"
     print(f"epoch {now['epoch']}/{run.settings.max_epochs}: loss {now['loss']:.4f}, valid {result.line()}, "
           f"{now['seconds']:.0f} s so far{best}")
-    warning = collapsed(result, valid.label, run.task)
+    warning = collapsed(result)
     if warning:
         print(warning)
     unparsed = [entry["valid_unparsed"] for entry in run.log[-2:]]
@@ -348,11 +344,11 @@ def test(run: Run, split: Split) -> dict:
     """Answer the test split with the best epoch's adapter, in all ways of decoding. Returns the record."""
     s, results = run.settings, {}
     for decode in sorted(DECODE, key=lambda decode: decode != s.decode):        # first the run's own
-        results[decode] = evaluate(run.best, split, s.eval_batch, f"test, {decode}", decode, s.readout)
+        results[decode] = evaluate(run.best, split, s.eval_batch, decode, s.readout)
     write_results(run.folder, split, results)
     result = results[s.decode]              # the others stand beside it in metrics.json and predictions.csv
     print(f"test (best epoch {run.best_epoch()}): {result.line()}", flush=True)
-    warning = collapsed(result, split.label, run.task)
+    warning = collapsed(result)
     if warning:
         print(warning)
     for line in ablation(run.best, split, s.eval_batch, s.decode, s.readout):

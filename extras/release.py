@@ -22,9 +22,14 @@ OFFICIAL_NAMES = {                      # our parameter: the release's
 }
 
 @torch.no_grad()
-def reread(llm, row, steps: int):
-    """The release's ChatGLM3 (transformers 4.36): each step reads the whole row and all new tokens again, from
-    position 0 on, and still sees what all steps before it read. row: (B, S, C). Returns new ids, (B, steps)."""
+def reread(llm, before: list[int], x, steps: int):
+    """The release's ChatGLM3 (transformers 4.36): each step reads the whole row, the ids `before` and x (B, T, C),
+    and all new tokens again, from position 0 on, and still sees what all steps before it read.
+
+    Returns the new ids, (B, steps).
+    """
+    before = torch.tensor([before] * len(x), device=x.device)
+    row = torch.cat((llm.embed(before), x), dim=1)                                              # (B, S, C)
     cache = KVCache(llm.config.n_layer)
     new = torch.empty(len(row), 0, dtype=torch.long, device=row.device)
     for _ in range(steps):

@@ -129,16 +129,16 @@ def test_a_line_says_why_a_score_is_undefined():
 def test_a_collapse_is_said():
     meld, mosei = TASKS["meld"], TASKS["mosei"]
     labels = [0] * 5 + [1] * 45 + [2] * 50
-    said = eval.collapsed(score(["5"] * 96 + ["0"] * 4, labels, meld), labels, meld)
+    said = eval.collapsed(score(["5"] * 96 + ["0"] * 4, labels, meld))
     assert said.startswith("looks collapsed: 'disgust' is 96 of 100 answers; that answer alone scores accuracy 0.0000,")
     for none in (["joy"] * 100, ["9"] * 100, ["joy", "7", "9", "-1"] * 25):
-        assert "'no class' is 100 of 100" in eval.collapsed(score(none, labels, meld), labels, meld)
-    assert eval.collapsed(score(["5"] * 95 + ["0"] * 5, labels, meld), labels, meld) == ""
+        assert "'no class' is 100 of 100" in eval.collapsed(score(none, labels, meld))
+    assert eval.collapsed(score(["5"] * 95 + ["0"] * 5, labels, meld)) == ""
     truth = [-2.0, -1.0, 0.0, 1.0, 2.0]
-    said = eval.collapsed(score(["0.4", "0.4", "0.4", "0.4", "0.5"], truth, mosei), truth, mosei)
+    said = eval.collapsed(score(["0.4", "0.4", "0.4", "0.4", "0.5"], truth, mosei))
     assert said.startswith("looks collapsed: the predictions' standard deviation is 0.04, the labels' 1.41; their mean")
     assert "mae 1.2840, corr nan" in said
-    assert eval.collapsed(score(["0.0", "0.1", "0.2", "0.3", "0.4"], truth, mosei), truth, mosei) == ""
+    assert eval.collapsed(score(["0.0", "0.1", "0.2", "0.3", "0.4"], truth, mosei)) == ""
 
 
 def test_results_on_disk(tmp_path):
