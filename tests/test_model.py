@@ -205,15 +205,22 @@ def test_tied_head_is_the_embedding(tmp_path):
     assert not hasattr(llm, "head")
 
 
-@pytest.mark.parametrize("kind", ["Llama", "Qwen2"])
+LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+              original_max_position_embeddings=16)
+KINDS = {"Llama": {}, "Qwen2": {}, "Qwen3": dict(head_dim=14), "Mistral": dict(sliding_window=None),
+         "Llama 3": dict(rope_scaling={**LLAMA3, "rope_theta": 300.0})}
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_equals_transformers(kind, tied, tmp_path):
     import transformers
 
-    theirs = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(
+    name = kind.split()[0]
+    theirs = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(
         hidden_size=60, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2, vocab_size=83,
         intermediate_size=34, max_position_embeddings=64, rope_theta=3000.0, tie_word_embeddings=tied,
-        bos_token_id=1, eos_token_id=None, pad_token_id=0)).eval()
+        bos_token_id=1, eos_token_id=None, pad_token_id=0, **KINDS[kind])).eval()
     for name, p in theirs.named_parameters():
         p.data = recipe(name, p.shape, 0.2, mean=1.0 if "norm" in name else 0.0)
     theirs.save_pretrained(tmp_path)
@@ -221,6 +228,7 @@ def test_equals_transformers(kind, tied, tmp_path):
     llm = load_llm(tmp_path, dtype=torch.float64)
     ids = torch.tensor([[2, 71, 82, 8, 18, 28], [45, 9, 0, 4, 52, 35]])
     assert llm.config.tied_head == tied and llm.config.n_kv_head == 2
+    assert (llm.config.qk_norm, bool(llm.config.rope_llama3)) == (kind == "Qwen3", kind == "Llama 3")
     with torch.no_grad():
         near(llm.logits(llm(llm.embed(ids))), theirs(ids).logits)
         mask = torch.ones_like(ids)
