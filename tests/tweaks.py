@@ -30,21 +30,20 @@ TWEAKS = {
          "return torch.cat([self.spread(h[:, i, :, None])[..., i::2].transpose(1, 2) for i in (0, 1)], dim=1)")],
     "mean over frames": [
         ("adapter.py", "h = states.take_along_dim(lengths.clamp(min=1)[:, None, None] - 1, dim=1)[:, 0]",
-         "real = torch.arange(x.size(1)) < lengths[:, None]\n"
+         "real = torch.arange(x.size(1), device=x.device) < lengths[:, None]\n"
          "        h = (states * real[..., None]).sum(1) / lengths.clamp(min=1)[:, None]")],
     "GRU": [("adapter.py", "self.rnn = nn.LSTM(", "self.rnn = nn.GRU(")],
     "guided by the LLM's reading": [
         ("adapter.py", "mean = (x.float()", "mean = (self.llm(x, is_text).float()")],
     "prompt first": [
-        ("adapter.py", "words.bos] + tokenizer.encode(words.open)",
-         "words.bos] + tokenizer.encode(words.prompt) + tokenizer.encode(words.open)"),
+        ("adapter.py", "self.before = self.bos +", "self.before = self.bos + tokenizer.encode(words.prompt) +"),
         ("adapter.py", "tokenizer.encode(words.close) + tokenizer.encode(words.prompt)",
          "tokenizer.encode(words.close)")],
     "class head": [
         # As many classes as MELD has; the demo uses four of them.
         ("adapter.py", "        self.project =", "        self.head = nn.Linear(c.dim, 7)\n        self.project ="),
         ("adapter.py", "        logits = self.llm.logits(",
-         "        return F.cross_entropy(self.adapter.head(hidden[:, 0]), torch.tensor(batch.label))\n"
+         "        return F.cross_entropy(self.adapter.head(hidden[:, 0]), self.tensor(batch.label))\n"
          "        logits = self.llm.logits("),
         ("adapter.py", "        if self.reread:",
          "        hidden = self.llm(x, real, self.beginning(), last=1)[:, 0]\n"
