@@ -14,18 +14,14 @@ Where paper and release differ, this follows the release, which made the publish
 T length of a row behind [bos] open, S of a whole row, La / Lv frames, Da / Dv features of a frame, C the
 LLM's width, Lt text tokens, P pseudo tokens, n tokens of the longest label.
 """
-import hashlib
-import json
 from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 
 from data import special_ids
-from extras.files import write_atomic
+from extras.files import digest, read_tensors, write_tensors
 from extras.release import OFFICIAL_NAMES, read_official, reread  # noqa: F401
 from model import KVCache
 
@@ -118,9 +114,9 @@ class MSEAdapter(nn.Module):
 class MultimodalLLM(nn.Module):
     """A frozen LLM behind an adapter, for one task.
 
-    official=False: rows hold real tokens only; padding in front, up to the longest row of the batch, is masked.
-    official=True: the text is padded on the left to the task's fixed length with an ordinary token, to which the LLM
-    attends and which counts in the mean of the text embeddings, as in the release.
+    official=False: rows hold real tokens only; padding in front, up to the longest of the batch, is masked.
+    official=True, as the release: the text is padded in front to the task's fixed length with an ordinary token,
+    to which the LLM attends and which counts in the mean of the text's embeddings.
 
     A row of MELD in LLaMA2's tokens, on average; in brackets the official one, always 145:
 
@@ -213,33 +209,28 @@ class MultimodalLLM(nn.Module):
 def identity(llm, task, official: bool) -> dict:
     """What an adapter is made for: a file's metadata, compared when it is loaded."""
     sizes = f"{llm.config.family}, {llm.config.n_layer} layers, width {llm.config.dim}, weights {llm.fingerprint}"
-    mode = "official" if official else "default"
-    return {"format": "mse-adapter 1", "backbone": sizes, "task": task.name, "mode": mode}
+    return {"format": "mse-adapter 1", "backbone": sizes, "task": task.name,
+            "mode": "official" if official else "default"}
 
 def save_adapter(path, net: MultimodalLLM):
-    """Write the adapter's tensors to one .safetensors file, with all that loading must check in its metadata."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in net.adapter.state_dict().items()}
-    meta = identity(net.llm, net.task, net.official)
-    meta |= {"config": asdict(net.adapter.config), "sha256": hashlib.sha256(save(tensors)).hexdigest()}
-    write_atomic(path, save(tensors, {"mse-adapter": json.dumps(meta)}))    # one key: several have no fixed order
+    """Write the adapter's tensors to one .safetensors file, with all that loading must check in its header."""
+    meta = identity(net.llm, net.task, net.official) | {"config": asdict(net.adapter.config)}
+    write_tensors(path, net.adapter.state_dict(), meta)
 
 def load_adapter(path, llm, tokenizer, task, official: bool = False) -> MultimodalLLM:
-    """Read a file of save_adapter. Raises ValueError, with both values, if it was made for another backbone, task or
-    mode, or if a tensor is missing, left over, misshapen or changed."""
+    """Read a file of save_adapter. Raises ValueError, with both values, if it was made for another backbone,
+    task or mode, or if a tensor is missing, left over, misshapen or changed."""
+    tensors, meta = read_tensors(path)
+    for key, here in identity(llm, task, official).items():
+        if meta.get(key) != here:
+            raise ValueError(f"{path}: the adapter's {key} is {meta.get(key)!r:.200}, but here it is {here!r}")
     try:
-        with safe_open(path, "pt") as file:
-            meta = json.loads(file.metadata()["mse-adapter"])
-            tensors = {name: file.get_tensor(name) for name in list(file.keys())}
-        found = {key: meta[key] for key in identity(llm, task, official)}
         adapter = MSEAdapter(AdapterConfig(**meta["config"]))
         adapter.load_state_dict(tensors)                    # raises what is missing, unexpected or misshapen
-        if meta["sha256"] != hashlib.sha256(save(tensors)).hexdigest():
-            raise ValueError("its numbers are not those that were saved: the sha256 differs")
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path}: not a whole saved adapter ({error}); copy it again, or train") from None
-    for key, here in identity(llm, task, official).items():
-        if found[key] != here:
-            raise ValueError(f"{path}: the adapter's {key} is {found[key]!r}, but here it is {here!r}")
+    if meta.get("sha256") != digest(tensors):
+        raise ValueError(f"{path}: its numbers are not those that were saved (sha256); copy it again, or train")
     return MultimodalLLM(llm, adapter.to(llm.embed.weight.device), tokenizer, task, official)
 
 def load_official(path, config: AdapterConfig) -> MSEAdapter:

@@ -1,7 +1,11 @@
 """Reading JSON and writing files such that neither a broken file nor a crash does harm."""
+import hashlib
 import json
 import os
 from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 
 def read_json(file: Path, keys=()) -> dict:
     """A JSON file of an object that has these keys. Raises ValueError with the file's name for anything else."""
@@ -35,3 +39,21 @@ def write_atomic(path, data: bytes):
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)
         os.close(folder)
+
+def digest(tensors: dict) -> str:
+    return hashlib.sha256(save(tensors)).hexdigest()
+
+def write_tensors(path, tensors: dict, meta: dict):
+    """Write a .safetensors file with `meta`, and a digest of the numbers, in its header."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    header = json.dumps(meta | {"sha256": digest(tensors)})
+    write_atomic(path, save(tensors, {"mse-adapter": header}))      # one key: several have no fixed order
+
+def read_tensors(path) -> tuple[dict, dict]:
+    """The tensors and the meta of a file of write_tensors. Raises ValueError if it is none."""
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in list(file.keys())}
+            return tensors, dict(json.loads(file.metadata()["mse-adapter"]))
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not a saved adapter ({error}); copy it again, or train") from None

@@ -365,12 +365,12 @@ def test_other_files_are_refused(saved):
     net, file = saved
     tensors = load_file(file)
     save_file(tensors, file)
-    refused(net, file, "not a whole saved adapter")
+    refused(net, file, "not a saved adapter")
     for meta in ("{}", "not JSON", '{"format": "mse-adapter 0"}'):
         save_file(tensors, file, metadata={"mse-adapter": meta})
-        refused(net, file, "not a whole saved adapter")
+        refused(net, file, "not a saved adapter")
     for content in (b"", b"not one", file.read_bytes()[:-9]):
         file.write_bytes(content)
-        refused(net, file, "not a whole saved adapter")
+        refused(net, file, "not a saved adapter")
     file.unlink()
     refused(net, file)
