@@ -366,9 +366,10 @@ def test_other_files_are_refused(saved):
     tensors = load_file(file)
     save_file(tensors, file)
     refused(net, file, "not a saved adapter")
-    for meta in ("{}", "not JSON", '{"format": "mse-adapter 0"}'):
+    for meta, words in (("{}", "format is None"), ("not JSON", "not a saved adapter"), ("5", "not a saved adapter"),
+                        ('{"format": "mse-adapter 0"}', "format is 'mse-adapter 0'")):
         save_file(tensors, file, metadata={"mse-adapter": meta})
-        refused(net, file, "not a saved adapter")
+        refused(net, file, words)
     for content in (b"", b"not one", file.read_bytes()[:-9]):
         file.write_bytes(content)
         refused(net, file, "not a saved adapter")
