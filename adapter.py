@@ -1,4 +1,4 @@
-"""MSE-Adapter: audio and video, guided by the text, become a few pseudo tokens in front of a frozen LLM's text.
+"""MSE-Adapter: audio and video, guided by the text, become pseudo tokens in front of a frozen LLM's text.
 
      audio (B, La, Da)     video (B, Lv, Dv)          text embeddings (B, Lt, C)
            | SequenceEncoder     | SequenceEncoder          | mean, linear
@@ -37,7 +37,7 @@ class AdapterConfig:
     no_mixer: bool = False              # ablation: the modalities are added without the text's product
     no_fusion: bool = False             # ablation: one linear layer in the place of three scales
     modality: str = "both"              # or only "audio", only "video"
-    independent_tokens: bool = False    # a linear layer from M~ to each pseudo token, no scaled copies of one vector
+    independent_tokens: bool = False    # a linear layer for each pseudo token, no scaled copies of one vector
 
     def __post_init__(self):
         if self.modality not in ("both", "audio", "video"):
@@ -57,12 +57,12 @@ class SequenceEncoder(nn.Module):
         if x.size(-1) != self.rnn.input_size:
             raise ValueError(f"{x.size(-1)} features in a frame, but the adapter was made for "
                              f"{self.rnn.input_size}; use data like that of its training, or train again")
-        states = self.rnn(x)[0]         # (B, L, hidden), of padding, too: simpler and faster than packed sequences
+        states = self.rnn(x)[0]         # (B, L, hidden), of padding, too: faster than packed sequences
         h = states.take_along_dim(lengths.clamp(min=1)[:, None, None] - 1, dim=1)[:, 0]         # (B, hidden)
         return self.linear(h * (lengths > 0)[:, None])      # a missing modality has the state 0: x = b
 
 class TextGuideMixer(nn.Module):
-    """M = x_a * t + x_v * t, t = W_t mean(text embeddings) + b_t: the text says which channels of the others count."""
+    """M = x_a * t + x_v * t, t = W_t mean(text embeddings) + b_t: the text says which channels count."""
 
     def __init__(self, dim: int, fusion_dim: int):
         super().__init__()
@@ -73,7 +73,7 @@ class TextGuideMixer(nn.Module):
         return audio * t + video * t
 
 class MultiScaleFusion(nn.Module):
-    """M~ = conv([m_1, m_2, m_3]), m_i = W2_i gelu(W1_i M): three widths, one 3-tap filter shared by all channels."""
+    """M~ = conv([m_1, m_2, m_3]), m_i = W2_i gelu(W1_i M): three widths, one filter for all channels."""
 
     def __init__(self, dim: int, fusion_dim: int):
         super().__init__()
@@ -101,7 +101,7 @@ class MSEAdapter(nn.Module):
         self.spread = nn.Linear(1, c.pseudo_tokens) if not c.independent_tokens else None       # w_k, c_k
 
     def forward(self, text, audio, audio_len, video, video_len):
-        """Mean text embedding (B, C), features (B, La, Da), (B, Lv, Dv) and lengths (B,) -> pseudo tokens (B, P, C)."""
+        """Mean text embedding (B, C), features (B, La, Da), (B, Lv, Dv), lengths (B,) -> pseudo tokens."""
         a = self.audio(audio, audio_len) if self.audio else 0                                   # (B, 256)
         v = self.video(video, video_len) if self.video else 0
         m = self.mixer(text, a, v) if self.mixer else a + v
@@ -115,8 +115,8 @@ class MultimodalLLM(nn.Module):
     """A frozen LLM behind an adapter, for one task.
 
     official=False: rows hold real tokens only; padding in front, up to the longest of the batch, is masked.
-    official=True, as the release: the text is padded in front to the task's fixed length with an ordinary token,
-    to which the LLM attends and which counts in the mean of the text's embeddings.
+    official=True, as the release: the text is padded in front to the task's fixed length with an ordinary
+    token, to which the LLM attends and which counts in the mean of the text's embeddings.
 
     A row of MELD in LLaMA2's tokens, on average; in brackets the official one, always 145:
 
@@ -126,12 +126,13 @@ class MultimodalLLM(nn.Module):
 
     def __init__(self, llm, adapter: MSEAdapter, tokenizer, task, official: bool = False):
         super().__init__()
-        self.llm, self.adapter, self.tokenizer, self.task, self.official = llm, adapter, tokenizer, task, official
+        self.llm, self.adapter, self.tokenizer = llm, adapter, tokenizer
+        self.task, self.official = task, official
         dim, vocab_size = llm.config.dim, llm.config.vocab_size
         if adapter.config.dim != dim or tokenizer.size > vocab_size:
-            raise ValueError(f"the backbone has width {dim} and {vocab_size} embeddings, but the adapter is for "
-                             f"width {adapter.config.dim}, and the tokenizer has {tokenizer.size} ids; use the "
-                             "ones made for this backbone")
+            raise ValueError(f"the backbone has width {dim} and {vocab_size} embeddings, but the adapter is "
+                             f"for width {adapter.config.dim}, the tokenizer has {tokenizer.size} ids; use "
+                             "those made for this backbone")
         words = task.wording(llm.config.family, official)
         self.bos, self.eos_id, self.pad_id = special_ids(words, tokenizer)
         # Every part of a row is tokenised on its own.
@@ -146,7 +147,7 @@ class MultimodalLLM(nn.Module):
         return torch.as_tensor(numbers, device=self.llm.embed.weight.device)
 
     def beginning(self) -> KVCache:
-        """What all rows begin with, [bos] open: read once, but for each batch where a part of the LLM trains."""
+        """What all rows begin with, [bos] open: read once, or for each batch if a part of the LLM trains."""
         trains = any(p.requires_grad for p in self.llm.parameters())
         if self.kept is not None and not trains:
             return self.kept
@@ -157,8 +158,8 @@ class MultimodalLLM(nn.Module):
     def rows(self, batch, labels=None):
         """Embed what stands behind the beginning: P text close prompt (label). labels: each row's, as ids.
 
-        Returns x (B, T, C), padded in front; which positions of beginning and x are real, (B, S) bool; and the
-        pseudo tokens (B, P, C).
+        Returns x (B, T, C), padded in front; which positions of beginning and x are real, (B, S) bool; and
+        the pseudo tokens (B, P, C).
         """
         P, L = self.adapter.config.pseudo_tokens, self.task.text_len
         texts = [self.tokenizer.encode(text)[:L] for text in batch.text]
@@ -169,7 +170,7 @@ class MultimodalLLM(nn.Module):
             rows = [row + label for row, label in zip(rows, labels)]
         T = max(map(len, rows))
         x = self.llm.embed(self.tensor([[self.pad_id] * (T - len(row)) + row for row in rows]))  # (B, T, C)
-        place = self.tensor([range(len(row) - T, len(row)) for row in rows])        # in its row; padding: below 0
+        place = self.tensor([range(len(row) - T, len(row)) for row in rows])    # in its row; below 0: padding
         n = self.tensor([[len(text)] for text in texts])                                        # (B, 1)
         is_text = (place >= P) & (place < P + n)                                                # (B, T)
         mean = (x.float() * is_text[..., None]).sum(1) / n.clamp(min=1)                         # (B, C)
@@ -184,13 +185,13 @@ class MultimodalLLM(nn.Module):
         return self.rows(batch)[2]
 
     def loss(self, batch, recompute: int = 0):
-        """Cross-entropy of the label's tokens, mean over a row's, then over rows. recompute: see LLM.forward."""
+        """Cross-entropy of the label's tokens, mean over a row's, then over rows. recompute: see LLM."""
         labels = [self.tokenizer.encode(self.label_text(y)) for y in batch.label]
         n = max(map(len, labels))
         target = self.tensor([[-100] * (n - len(ids)) + ids for ids in labels])                 # (B, n)
         x, real, _ = self.rows(batch, labels)
-        hidden = self.llm(x, real, self.beginning(), recompute, last=n + 1)                     # (B, n + 1, C)
-        logits = self.llm.logits(hidden[:, :-1].flatten(0, 1))      # of the token after a position, (B * n, V)
+        hidden = self.llm(x, real, self.beginning(), recompute, last=n + 1)                   # (B, n + 1, C)
+        logits = self.llm.logits(hidden[:, :-1].flatten(0, 1))    # of the token after each, (B * n, V)
         loss = F.cross_entropy(logits, target.flatten(), reduction="none").view_as(target)
         return (loss.sum(1) / (target >= 0).sum(1)).mean()          # it is 0 where the target is -100
 
@@ -208,12 +209,13 @@ class MultimodalLLM(nn.Module):
 # --- Files --------------------------------------------------------------------------------------------------
 def identity(llm, task, official: bool) -> dict:
     """What an adapter is made for: a file's metadata, compared when it is loaded."""
-    sizes = f"{llm.config.family}, {llm.config.n_layer} layers, width {llm.config.dim}, weights {llm.fingerprint}"
+    c = llm.config
+    sizes = f"{c.family}, {c.n_layer} layers, width {c.dim}, weights {llm.fingerprint}"
     return {"format": "mse-adapter 1", "backbone": sizes, "task": task.name,
             "mode": "official" if official else "default"}
 
 def save_adapter(path, net: MultimodalLLM):
-    """Write the adapter's tensors to one .safetensors file, with all that loading must check in its header."""
+    """Write the adapter's tensors to one .safetensors file, with what loading must check in its header."""
     meta = identity(net.llm, net.task, net.official) | {"config": asdict(net.adapter.config)}
     write_tensors(path, net.adapter.state_dict(), meta)
 
@@ -223,18 +225,18 @@ def load_adapter(path, llm, tokenizer, task, official: bool = False) -> Multimod
     tensors, meta = read_tensors(path)
     for key, here in identity(llm, task, official).items():
         if meta.get(key) != here:
-            raise ValueError(f"{path}: the adapter's {key} is {meta.get(key)!r:.200}, but here it is {here!r}")
+            raise ValueError(f"{path}: the adapter's {key} is {meta.get(key)!r:.200}, but here {here!r}")
     try:
         adapter = MSEAdapter(AdapterConfig(**meta["config"]))
         adapter.load_state_dict(tensors)                    # raises what is missing, unexpected or misshapen
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path}: not a whole saved adapter ({error}); copy it again, or train") from None
     if meta.get("sha256") != digest(tensors):
-        raise ValueError(f"{path}: its numbers are not those that were saved (sha256); copy it again, or train")
+        raise ValueError(f"{path}: its numbers are not those that were saved (sha256); copy it again")
     return MultimodalLLM(llm, adapter.to(llm.embed.weight.device), tokenizer, task, official)
 
 def load_official(path, config: AdapterConfig) -> MSEAdapter:
-    """Read a state dict of the release, a .pth (names prefixed `Model.` or not). Raises ValueError as load_adapter."""
+    """Read a state dict of the release, a .pth (names prefixed `Model.` or not). Raises ValueError."""
     adapter = MSEAdapter(config)
     try:
         adapter.load_state_dict(read_official(path))

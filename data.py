@@ -3,8 +3,8 @@
     python data.py meld --data-dir DIR      check a data set: what it holds, and what is wrong with which row
     python data.py meld --download          fetch it first (needs huggingface_hub)
 
-Exit code 0: clean, 1: problems, 2: could not be read. Shapes: N rows of a split, B of a batch, La / Lv frames,
-Da / Dv features of a frame.
+Exit code 0: clean, 1: problems, 2: could not be read. Shapes: N rows of a split, B of a batch, La / Lv
+frames, Da / Dv features of a frame.
 """
 import argparse
 import base64
@@ -91,10 +91,11 @@ class Wording(NamedTuple):
     reread: bool                    # see Family
 
 def special_ids(words: Wording, tokenizer) -> tuple[list, int, int]:
-    """Ids of the tokens in front of a row, of its end and of padding: the release's or, if the tokenizer has other
-    ones, those that the checkpoint's tokenizer_config.json names. Raises ValueError if it names none."""
+    """Ids of the tokens in front of a row, of its end and of padding: the release's or, if the tokenizer has
+    other ones, those that its tokenizer_config.json names. Raises ValueError if it names none."""
     try:
-        return [tokenizer.token_id(name) for name in words.bos], *map(tokenizer.token_id, (words.eos, words.pad))
+        bos = [tokenizer.token_id(name) for name in words.bos]
+        return bos, tokenizer.token_id(words.eos), tokenizer.token_id(words.pad)
     except DataError as unknown:
         names = tokenizer.names
         if names["eos"] is None:
@@ -108,7 +109,7 @@ SPLITS = ("train", "valid", "test")
 
 @dataclass(frozen=True)
 class Task:
-    """What the method needs to know of a data set. What is called published is only compared with the files."""
+    """What the method needs to know of a data set. What is published is only compared with files."""
     name: str
     labels: tuple = ()              # class names, written as 0, 1, ...; empty: the label is an intensity
     range: tuple = ()               # of an intensity
@@ -134,7 +135,7 @@ class Task:
 
     @property
     def select(self) -> str:
-        """The validation metric by which the best epoch is chosen: the largest weighted F1 or the smallest MAE."""
+        """The validation metric that chooses the best epoch: the largest weighted F1 or smallest MAE."""
         return "weighted_f1" if self.labels else "mae"
 
     def values(self) -> list:
@@ -152,7 +153,8 @@ class Task:
         return float(label) if fits else None
 
     def wording(self, family: str, official: bool = False) -> Wording:
-        """The words around a row; official: the release's, to the letter, else each run of spaces is one."""
+        """The words around a row; official: to the letter the release's, if it has the task, else each run of
+        spaces is one."""
         words, tag = family_words(family), TAG[self.language]
         if self.labels:
             names = ", ".join(f"{name}:{i}" for i, name in enumerate(self.labels))
@@ -160,7 +162,7 @@ class Task:
         else:
             low, high = self.range
             prompt = words.prompts[self.language, "range"].format(low=low, high=high)
-        if not official:
+        if not official or not self.hub:
             prompt = re.sub(" +", " ", prompt)
 
         def label(y) -> str:
@@ -180,19 +182,19 @@ TASKS = {task.name: task for task in (
          rows=dict(train=2000, valid=300, test=600), audio_len=40, audio_dim=6, video_len=24, video_dim=8,
          home="demo", llm=str(HERE / "demo" / "llm")),
     Task("meld", labels=("neutral", "surprise", "fear", "sadness", "joy", "disgust", "anger"), text_len=65,
-         rows=dict(train=9989, valid=1109, test=2610), audio_len=157, audio_dim=64, video_len=32, video_dim=64,
-         pattern="MELD/meld_{}.pkl", hub="AZYoung/MELD_processed",
+         rows=dict(train=9989, valid=1109, test=2610), pattern="MELD/meld_{}.pkl",
+         audio_len=157, audio_dim=64, video_len=32, video_dim=64, hub="AZYoung/MELD_processed",
          twins=("But um, I don’t think it’s anything serious.",)),
     Task("cherma", labels=("愤怒", "厌恶", "恐惧", "高兴", "平静", "悲伤", "惊奇"), language="zh", text_len=78,
          audio_len=543, audio_dim=1024, video_len=16, video_dim=2048,
          pattern="CHERMA0723/cherma_{}.pkl", hub="AZYoung/CHERMA0723_processed"),
     Task("mosei", range=(-3.0, 3.0), text_len=50,
-         rows=dict(train=16326, valid=1871, test=4659), audio_len=500, audio_dim=74, video_len=375, video_dim=35,
-         pattern="MOSEI/Processed/unaligned_50.pkl", hub="AZYoung/MOSEI_processed",
+         rows=dict(train=16326, valid=1871, test=4659), pattern="MOSEI/Processed/unaligned_50.pkl",
+         audio_len=500, audio_dim=74, video_len=375, video_dim=35, hub="AZYoung/MOSEI_processed",
          sha256="ad8b23d50557045e7d47959ce6c5b955d8d983f2979c7d9b7b9226f6dd6fec1f"),
     Task("simsv2", range=(-1.0, 1.0), language="zh", text_len=50,
-         rows=dict(train=2722, valid=647, test=1034), audio_len=925, audio_dim=25, video_len=232, video_dim=177,
-         pattern="SIMS_V2/ch-simsv2s.pkl", hub="AZYoung/SIMSV2_processed",
+         rows=dict(train=2722, valid=647, test=1034), pattern="SIMS_V2/ch-simsv2s.pkl",
+         audio_len=925, audio_dim=25, video_len=232, video_dim=177, hub="AZYoung/SIMSV2_processed",
          sha256="f8fd9a1dd070588a714ff357b00f31d5bb93277b4e502cf2dc4ff718a95fc49b"),
     Task("mosi", range=(-3.0, 3.0), text_len=50,
          rows=dict(train=1284, valid=229, test=686), audio_len=375, audio_dim=5, video_len=500, video_dim=20,
@@ -201,7 +203,7 @@ TASKS = {task.name: task for task in (
 )}
 
 class Preset(NamedTuple):
-    """The release's hyper-parameters for one task and family; those that are the same for all stand in train.py."""
+    """The release's hyper-parameters for one task and family; what is the same for all is in train.py."""
     learning_rate: float
     batch_size: int
     epochs: int                     # length of the cosine; early stopping usually ends a run before
@@ -232,8 +234,8 @@ def preset(task: Task | str, family: str) -> Preset:
     nearest = "meld" if task.labels else "mosei"
     return PRESETS.get((task.name, words)) or PRESETS[nearest, words]
 
-# --- Tokenizers: text <-> ids. `encode` adds no special token and reads one that stands in the text as plain text
-# ("<s>" is "<", "s", ">"), so that no data can forge one; `decode` leaves them out; `token_id` finds one by name.
+# --- Tokenizers: text <-> ids. `encode` adds no special token and reads one in a text as plain text ("<s>" is
+# "<", "s", ">"), so that no data can forge one; `decode` leaves them out; `token_id` finds one by its name.
 
 CHATGLM3_PIECES = 64789     # of its sentencepiece model; special tokens follow: [gMASK] is 64790, sop 64792
 CHATGLM3_SPECIALS = "[MASK] [gMASK] [sMASK] sop eop <|system|> <|user|> <|assistant|> <|observation|>".split()
@@ -299,8 +301,8 @@ def compile_split(pattern: str) -> re.Pattern:
 
 @dataclass(repr=False)
 class ByteBPE:
-    """Byte-level BPE (Qwen, Llama 3): texts are cut into words, and of a word's UTF-8 bytes the two neighbours of
-    lowest rank are joined until no two have a rank: "low" -> l o w -> lo w -> low."""
+    """Byte-level BPE (Qwen, Llama 3): texts are cut into words, of a word's UTF-8 bytes the two neighbours
+    of lowest rank are joined until no two have a rank: "low" -> l o w -> lo w -> low."""
     file: Path
     ids: dict                   # token -> id
     special: dict               # name -> id
@@ -319,8 +321,8 @@ class ByteBPE:
         needed = {chr(byte).translate(SPELL) for byte in written}
         needed |= {pair.replace(" ", "") for pair in self.ranks}
         if lost := needed - self.ids.keys():
-            raise DataError(f"the vocabulary lacks {len(lost)} bytes or merges, such as {min(lost)!r}: cut short "
-                            "or of another model, download it again with its merges")
+            raise DataError(f"the vocabulary lacks {len(lost)} bytes or merges, such as {min(lost)!r}: cut "
+                            "short or of another model, download it again with its merges")
 
     def encode(self, text: str) -> list[int]:
         ids = []
@@ -339,7 +341,7 @@ class ByteBPE:
         return [text[i:j] for i, j in pairwise(ends) if i < j]
 
     def merge(self, word: str) -> list[str]:
-        """The tokens of a word, in n log n steps; of equal ranks the leftmost goes first, "aaa" -> "aa", "a"."""
+        """The tokens of a word, in n log n steps; of equal ranks the leftmost goes first."""
         if self.whole and word in self.ids:
             return [word]
         word = "".join(byte for byte in word if byte in self.ids)   # a byte that nobody writes may have none
@@ -421,8 +423,8 @@ def read_tokenizer_json(file: Path) -> ByteBPE:
     steps, splits = cutter.get("pretokenizers") or [cutter], []
     for step in steps:
         match step, step is steps[-1]:
-            case {"type": "Split", "behavior": "Isolated", "invert": False, "pattern": {"Regex": pattern}}, False:
-                splits.append(pattern)
+            case {"type": "Split", "behavior": "Isolated", "invert": False, "pattern": {"Regex": cut}}, False:
+                splits.append(cut)
             case {"type": "Digits", "individual_digits": True}, False:
                 splits.append(r"\p{N}")
             case {"type": "ByteLevel", "add_prefix_space": False}, True:

@@ -52,7 +52,7 @@ def in_range(value: float, task: Task) -> bool:
     """Whether a parsed answer is one of the task's classes, or an intensity within its range."""
     return value in task.values() if task.labels else task.range[0] <= value <= task.range[1]
 
-# --- Metrics: (pred, true) -> {name: value}. A prediction that is None, nan or no class is wrong in each class.
+# --- Metrics: (pred, true) -> {name: value}. A prediction that is None, nan or no class is wrong.
 
 def confusion(pred, true, n: int) -> np.ndarray:
     """(n, n + 1) counts: row the true class, column the predicted one, the last one for no class at all."""
@@ -264,8 +264,8 @@ def moments(probabilities: np.ndarray, task: Task) -> np.ndarray:
 def label_logprobs(net: MultimodalLLM, batch):
     """Log-probabilities (B, labels) of the task's legal labels behind each row, normalised over them.
 
-    Each row is read once. Labels that differ in their last token alone ("-0.1", "-0.2") share a stem, which is read
-    behind the rows; what stands there says how probable each of its tokens, and each last one, is.
+    Each row is read once. Labels that differ in their last token alone ("-0.1", "-0.2") share a stem, which
+    is read behind the rows; what stands there says how probable each of its tokens, and each last one, is.
     """
     x, real, _ = net.rows(batch)
     cache = net.beginning().copy()
@@ -280,8 +280,8 @@ def label_logprobs(net: MultimodalLLM, batch):
         if stem:
             behind = net.llm.embed(net.tensor([stem])).expand(len(x), -1, -1)
             sees = F.pad(real, (0, len(stem)), value=True)
-            hidden = torch.cat((end, net.llm(behind, sees, cache)), dim=1)                    # (B, stem + 1, C)
-        after = net.llm.logits(hidden).log_softmax(dim=-1)                                    # (B, stem + 1, V)
+            hidden = torch.cat((end, net.llm(behind, sees, cache)), dim=1)                  # (B, stem + 1, C)
+        after = net.llm.logits(hidden).log_softmax(dim=-1)                                  # (B, stem + 1, V)
         path = sum(after[:, i, token] for i, token in enumerate(stem))                        # (B,), or 0
         for k in labels:
             scores[:, k] = path + after[:, -1, net.labels[k][-1]]

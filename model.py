@@ -1,11 +1,11 @@
-"""The frozen backbone: one decoder-only transformer that runs the published LLaMA2, Qwen and ChatGLM3 weights.
+"""The frozen backbone: one decoder-only transformer for the published LLaMA, Qwen and ChatGLM3 weights.
 
     Config     the sizes, read from the checkpoint's own config.json
     LLM        embeddings -> blocks of attention and SwiGLU -> norm -> output head; greedy decoding
     KVCache    the keys and values of the positions already read
     Recompute  gradient checkpointing, written by hand
     NAMES      our names for the layers and each family's
-    load_llm   .safetensors or .bin -> device, tensor by tensor, strict both ways; python model.py DIR tries it
+    load_llm   .safetensors or .bin -> device, tensor by tensor, strict both ways; try python model.py DIR
 
 The families differ by data (sizes, biases, the pairing of rotary channels, tensor names), never by class.
 Shapes: B rows, T new positions, S cached + new positions, C width (dim), H query heads, K key/value heads,
@@ -51,7 +51,7 @@ class Config:
 
     @classmethod
     def from_dir(cls, path) -> "Config":
-        """Read `path`/config.json. Raises ValueError for a family or a feature that is not implemented here."""
+        """Read `path`/config.json. Raises ValueError for a family or feature that is not implemented."""
         file = Path(path) / "config.json"
         raw = read_json(file)
         check_features(raw, file)
@@ -67,12 +67,12 @@ class Config:
                 is_number = type(value) in (int, float) and 0 < value < 2**31
                 if not is_number or value != field.type(value):
                     found = repr(value)[:80] if field.name in sizes else "missing"
-                    raise ValueError(f"{file}: {' or '.join(KEYS[field.name])} is {found}, expected a positive "
-                                     "number; fetch the file again")
+                    raise ValueError(f"{file}: {' or '.join(KEYS[field.name])} is {found}, expected a "
+                                     "positive number; fetch the file again")
         sizes.setdefault("head_dim", sizes["dim"] // sizes["n_head"])
         if sizes["n_head"] % sizes["n_kv_head"]:
-            raise ValueError(f"{file}: {sizes['n_head']} heads cannot share {sizes['n_kv_head']} key/value heads "
-                             "evenly; fetch the file again")
+            raise ValueError(f"{file}: {sizes['n_head']} heads cannot share {sizes['n_kv_head']} key/value "
+                             "heads evenly; fetch the file again")
         sizes["rope_llama3"] = tuple(raw.get("rope_llama3", ()))
         if sizes["family"] == "qwen":           # it counts gate and up together
             sizes["ffn_dim"] //= 2
@@ -116,8 +116,8 @@ FIXED = {
 def check_features(raw: dict, file: Path):
     """Raise ValueError for what is not implemented. Newer files nest the rotary keys: lift them."""
     if raw.get("model_type") not in list(SWITCHES):
-        raise ValueError(f"{file}: model_type is {raw.get('model_type')!r:.80}; use a backbone of a family that "
-                         f"is implemented: {', '.join(SWITCHES)}")
+        raise ValueError(f"{file}: model_type is {raw.get('model_type')!r:.80}; use a backbone of a family "
+                         f"that is implemented: {', '.join(SWITCHES)}")
     for key in ("rope_scaling", "rope_parameters"):
         rope = raw.get(key) or {}
         kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
@@ -125,25 +125,25 @@ def check_features(raw: dict, file: Path):
             raw["rope_llama3"] = [rope.get(name) for name in LLAMA3]
             for name, value in zip(LLAMA3, raw["rope_llama3"]):
                 if type(value) not in (int, float):
-                    raise ValueError(f"{file}: {name} is {value!r:.80}, expected a number; fetch the file again")
+                    raise ValueError(f"{file}: {name} is {value!r:.80}, expected a number; fetch it again")
         elif kind != "default":
-            raise ValueError(f"{file}: {key} is {rope!r:.100}, but only the plain rotary embedding and llama3's are "
-                             "here; use a model without (where it was added for long texts, delete the key)")
+            raise ValueError(f"{file}: {key} is {rope!r:.100}, but only plain rotary embedding and llama3's "
+                             "are here; use a model without (where it was added for long texts, delete the key)")
         raw |= {name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope}
     if raw.get("sliding_window") and raw.get("use_sliding_window", True):
-        raise ValueError(f"{file}: sliding_window is {raw['sliding_window']!r:.80}, which is not implemented; use a "
-                         "model whose attention sees everything")
+        raise ValueError(f"{file}: sliding_window is {raw['sliding_window']!r:.80}, which is not here; "
+                         "use a model whose attention sees everything")
     for key, value in FIXED.items():
         if raw.get(key) not in (None, value):
-            raise ValueError(f"{file}: {key} is {raw[key]!r:.100}, but only {value!r} is implemented; use another "
-                             "of the family, and of a quantised one its version in fp16, bf16 or fp32")
+            raise ValueError(f"{file}: {key} is {raw[key]!r:.100}, but only {value!r} is implemented; use "
+                             "another of the family, of a quantised one its version in fp16, bf16 or fp32")
 
 # --- The transformer ----------------------------------------------------------------------------------------
 def rope_table(positions, config: Config):
     """Positions (B, T) -> cosines and sines (B, 1, T, R/2) in fp32, shared by all layers and heads."""
     steps = torch.arange(0, config.rope_dim, 2, device=positions.device).float() / config.rope_dim
     turns = 1.0 / config.rope_theta ** steps                                    # (R/2,), radians per position
-    if config.rope_llama3:              # channels that turn less than `low` times in the original length slow down
+    if config.rope_llama3:              # channels that turn less than `low` times in `length` slow down
         factor, low, high, length = config.rope_llama3
         keep = ((length * turns / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
         turns = turns * (keep + (1 - keep) / factor)
@@ -227,7 +227,7 @@ class Attention(nn.Module):
         q, k = (apply_rope(t, places.rope, c.rope_interleaved) for t in (q, k))
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)                               # (B, K, S, D)
-        if c.n_kv_head < c.n_head:      # query head h reads key/value head h // (H/K): 0 0 0 1 1 1, not 0 1 0 1 0 1
+        if c.n_kv_head < c.n_head:      # query head h reads head h // (H/K): 0 0 0 1 1 1, not 0 1 0 1 0 1
             k, v = (t.repeat_interleave(c.n_head // c.n_kv_head, dim=1) for t in (k, v))
         sees = places.sees[:, :, -last:]
         h = F.scaled_dot_product_attention(q[:, :, -last:], k, v, attn_mask=sees).transpose(1, 2).flatten(2)
@@ -287,7 +287,7 @@ class LLM(nn.Module):
         super().__init__()
         self.config = config
         self.fingerprint = ""           # of the weights on disk; load_llm sets it
-        # Token ids (B, T) -> (B, T, C). Plain nn.Embedding imports a compiler on the meta device, for two seconds.
+        # Token ids (B, T) -> (B, T, C). (nn.Embedding(V, C) imports a compiler on the meta device.)
         self.embed = nn.Embedding.from_pretrained(torch.randn(config.vocab_size, config.dim))
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm = nn.RMSNorm(config.dim, config.norm_eps)
@@ -301,11 +301,11 @@ class LLM(nn.Module):
         return F.linear(hidden, head.weight).to(torch.promote_types(hidden.dtype, torch.float32))
 
     def forward(self, x, mask=None, cache: KVCache | None = None, recompute=0, last: int | None = None):
-        """Embeddings (B, T, C) -> hidden states after the last norm, (B, T, C), or of the `last` positions alone.
+        """Embeddings (B, T, C) -> hidden states after the last norm, (B, T, C), or of `last` positions alone.
 
-        mask: (B, S) bool of cached and new positions, False where a row is padding, which stands in front of the
-        row; None: there is none. Only attention computes padding. recompute: how many blocks, from the first on,
-        keep only their input for backward. last: wanted positions, from the end; the last block computes no more.
+        mask: (B, S) bool of cached and new positions, False where a row is padding, which stands in front;
+        None: there is none. Only attention computes padding. recompute: how many blocks, from the first on,
+        keep only their input for backward. last: wanted positions, from the end; the last block computes these.
         """
         places = self.places(x, mask, cache)
         for layer, block in enumerate(self.blocks):
@@ -347,8 +347,8 @@ class LLM(nn.Module):
     def generate(self, x, max_new_tokens: int, mask=None, eos_id: int | None = None, cache=None):
         """Greedy decoding from embeddings x (B, T, C), padded in front where the mask is False; see forward.
 
-        Returns the new tokens alone, (B, at most max_new_tokens). A row that has written `eos_id` goes on with it,
-        and decoding ends when all rows have. cache: what was read before x; it is left as it is.
+        Returns the new tokens alone, (B, at most max_new_tokens). A row that has written `eos_id` goes on
+        with it, and decoding ends when all rows have. cache: what was read before x; it is left as it is.
         """
         assert mask is None or bool(mask[:, -1].all()), "padding stands in front of a row"
         cache = KVCache(self.config.n_layer) if cache is None else cache.copy()
@@ -377,17 +377,17 @@ NAMES = {
     "attn.k_norm": ("self_attn.k_norm",),
     "attn.out": ("self_attn.o_proj", "attn.c_proj", "self_attention.dense"),
     "mlp_norm": ("post_attention_layernorm", "ln_2", "post_attention_layernorm"),
-    "mlp.gate_up": ("mlp.gate_proj mlp.up_proj", "mlp.w2 mlp.w1", "mlp.dense_h_to_4h"),     # w2 is Qwen's gate
+    "mlp.gate_up": ("mlp.gate_proj mlp.up_proj", "mlp.w2 mlp.w1", "mlp.dense_h_to_4h"),  # w2 is the gate
     "mlp.down": ("mlp.down_proj", "mlp.c_proj", "mlp.dense_4h_to_h"),
     "embed": ("model.embed_tokens", "transformer.wte", "transformer.embedding.word_embeddings"),
     "norm": ("model.norm", "transformer.ln_f", "transformer.encoder.final_layernorm"),
     "head": ("lm_head", "lm_head", "transformer.output_layer"),
 }
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-ROTARY_TABLES = ("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq")  # some checkpoints have them; see rope_table
+ROTARY_TABLES = ("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq")  # some checkpoints have them
 
 def load_llm(path, device="cpu", dtype=torch.float32) -> LLM:
-    """Load a checkpoint folder (config.json, and .safetensors or .bin files) onto `device` in `dtype`, frozen.
+    """Load a checkpoint folder (config.json, .safetensors or .bin files) onto `device` in `dtype`, frozen.
 
     Raises ValueError that names every missing, unused or misshapen tensor with both shapes and the file.
     """
@@ -418,31 +418,31 @@ def sources(config: Config, name: str) -> list[str]:
     return [f"{prefix}{layer}.{kind}" for layer in NAMES[part][config.column].split()]
 
 def find_tensors(path: Path) -> dict:
-    """{name: (file, tensor)} of a folder's weights, mapped, not read. An index, if there is one, is followed."""
+    """{name: (file, tensor)} of a folder's weights, mapped, not read. An index is followed."""
     stored, (files, homes) = {}, weight_files(path)
     for file in files:
         for name, tensor in open_tensors(file).items():
             if homes.get(name, file.name) != file.name:
                 continue                        # the index says that it lies in another file
             if name in stored:
-                raise ValueError(f"{path}: {name} is in {stored[name][0].name} and in {file.name}; keep the file "
-                                 "that belongs to this checkpoint")
+                raise ValueError(f"{path}: {name} is in {stored[name][0].name} and in {file.name}; keep the "
+                                 "file that belongs to this checkpoint")
             stored[name] = file, tensor
     return stored
 
 def weight_files(path: Path) -> tuple[list[Path], dict]:
-    """The .safetensors or else .bin files of a folder, and their index {tensor: file name}, {} if there is none."""
-    for kind, pattern in (("model.safetensors", "*.safetensors"), ("pytorch_model.bin", "pytorch_model*.bin")):
+    """The .safetensors or else .bin files of a folder, and their index {tensor: file name} or {}."""
+    for kind, glob in (("model.safetensors", "*.safetensors"), ("pytorch_model.bin", "pytorch_model*.bin")):
         index = path / f"{kind}.index.json"
         if index.is_file():
             homes = read_json(index).get("weight_map")
-            if not isinstance(homes, dict) or not homes or any(Path(str(h)).name != h for h in homes.values()):
+            if not (isinstance(homes, dict) and homes and all(Path(str(h)).name == h for h in homes.values())):
                 raise ValueError(f"{index}: expected a weight_map of tensors to files here; fetch it again")
             return [path / name for name in sorted(set(homes.values()))], homes
-        files = sorted(path.glob(pattern))
+        files = sorted(path.glob(glob))
         if files:
             return files, {}
-    raise ValueError(f"{path}: no .safetensors and no pytorch_model*.bin file there; fetch the model's weights")
+    raise ValueError(f"{path}: no .safetensors and no pytorch_model*.bin there; fetch the model's weights")
 
 def open_tensors(file: Path) -> dict[str, torch.Tensor]:
     """The tensors of a file, mapped. Raises ValueError for any but dense ones; nothing in a .bin is run."""
@@ -452,17 +452,18 @@ def open_tensors(file: Path) -> dict[str, torch.Tensor]:
         else:
             tensors = load_file(file)
         for name, x in tensors.items():
-            if type(x) not in (torch.Tensor, nn.Parameter) or x.layout != torch.strided or x.is_nested or x.is_meta:
+            dense = type(x) in (torch.Tensor, nn.Parameter) and x.layout == torch.strided and not x.is_nested
+            if not dense or x.is_meta:
                 raise TypeError(f"{name} is no plain dense tensor")
     except FileNotFoundError:
-        raise ValueError(f"{file}: named in the index beside it, but missing; finish the download, or delete the "
-                         "index if the weights beside it are whole") from None
+        raise ValueError(f"{file}: named in the index beside it, but missing; finish the download, or delete "
+                         "the index if the weights beside it are whole") from None
     except Exception as error:                  # whatever a damaged or hostile file provokes, it was refused
         with open(file, "rb") as start:
             pointer = start.read(7) == b"version"
         found = "a git-lfs pointer: run `git lfs pull`" if pointer else " ".join(str(error).split())[-300:]
-        raise ValueError(f"{file}: not a whole file of dense tensors ({found}); nothing in it was run; fetch it "
-                         "again, from a source that you trust") from None
+        raise ValueError(f"{file}: not a whole file of dense tensors ({found}); nothing in it was run; fetch "
+                         "it again, from a source that you trust") from None
     return {str(name): tensor.detach() for name, tensor in tensors.items()}
 
 def check_tensors(path: Path, llm: LLM, stored: dict):

@@ -8,7 +8,7 @@ import numpy as np
 def check(task, files: dict, splits: dict, problems: dict, tokenizer=None, shown: int = 10) -> int:
     """Print what a data set holds, then its problems by row, some of each kind; returns their number.
 
-    By split: the file, a data.Split, and what data.problems finds: (row, field, what it has, is that unusable?).
+    By split: the file, a data.Split, and what data.problems finds: (row, field, what it has, unusable?).
     """
     usable, found, published = {}, defaultdict(list), False
     for split, data in splits.items():

@@ -1,4 +1,4 @@
-"""One clip: what a trained adapter answers, and what each part changes; python eval.py RUN --text calls it."""
+"""One clip: what an adapter answers, and what each part changes; python eval.py RUN --text calls it."""
 import numpy as np
 
 from adapter import MultimodalLLM
@@ -45,10 +45,10 @@ def clip_row(net: MultimodalLLM, text: str, paths: dict, ranges: dict) -> tuple[
     tokens = len(net.tokenizer.encode(text))
     if tokens > net.task.text_len:
         notes.append(f"text: of {tokens} tokens the first {net.task.text_len} are read")
-    return Split([text], **columns, label=net.task.values()[:1], id=["clip"]), notes      # nobody reads the label
+    return Split([text], **columns, label=net.task.values()[:1], id=["clip"]), notes  # nobody reads the label
 
 def found(results: dict, task: Task) -> dict:
-    """What the clip's results by label scoring say: the whole clip's answer, and under "changes" the others."""
+    """What the clip's results by label scoring say: the whole clip's answer; the others as "changes"."""
     names, answers = list(task.labels) or [f"{y:+.1f}" for y in task.values()], {}
     for part, result in results.items():
         p = result.probabilities

@@ -8,7 +8,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 def read_json(file: Path, keys=()) -> dict:
-    """A JSON file of an object that has these keys. Raises ValueError with the file's name for anything else."""
+    """A JSON file of an object that has these keys. Raises ValueError that names the file otherwise."""
     if not file.is_file():
         raise ValueError(f"{file}: not found; fetch or make it again, or name another folder")
     try:
@@ -18,7 +18,7 @@ def read_json(file: Path, keys=()) -> dict:
         raise ValueError(f"{file}: not valid JSON ({error}); fetch or make it again") from None
     missing = [key for key in keys if not isinstance(found, dict) or key not in found]
     if missing or not isinstance(found, dict):
-        raise ValueError(f"{file}: expected an object with {', '.join(missing) or 'names'}; fetch or make it again")
+        raise ValueError(f"{file}: expected an object with {', '.join(missing) or 'names'}; make it again")
     return found
 
 def write_atomic(path, data: bytes):

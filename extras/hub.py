@@ -1,4 +1,4 @@
-"""The hub: its client, huggingface_hub, is optional and knows its cache, mirrors, tokens and how to resume."""
+"""The hub: its client, huggingface_hub, is optional, and knows cache, mirrors and tokens."""
 from pathlib import Path
 
 from extras.pickles import DataError
@@ -11,7 +11,7 @@ HUB_ADVICE = {      # for each kind of error of its client
 }
 
 def hub_folder(repo: str, kind: str, files: list, fetch: bool) -> Path | None:
-    """Where the hub's client keeps files of a "model" or "dataset". `fetch`: gets them first, or DataError."""
+    """Where the hub's client keeps files of a "model" or "dataset". fetch: get them first, or DataError."""
     inner = "*/*" if kind == "model" else None          # a model's folders hold other formats
     try:
         from huggingface_hub import snapshot_download   # optional

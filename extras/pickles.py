@@ -1,8 +1,8 @@
 """Reading a pickle without running it.
 
-A pickle is a program for a small stack machine, and pickle.load calls whatever the program names. The machine here
-knows only what plain data needs and calls nothing by name, so all that a hostile or broken file can do is be refused.
-Large arrays stay views of the mapped file, which take no memory until their rows are read.
+A pickle is a program for a small stack machine, and pickle.load calls whatever the program names. The machine
+here knows only what plain data needs and calls nothing by name, so all that a hostile or broken file can do
+is be refused. Large arrays stay views of the mapped file, which take no memory until their rows are read.
 """
 import mmap
 import os
@@ -13,30 +13,31 @@ from dataclasses import dataclass
 import numpy as np
 
 class DataError(ValueError):
-    """The one exception for data that cannot be used: the file, what was found, what was expected, what to do."""
+    """The one exception for data that cannot be used: the file, what was found and expected, what to do."""
 
 ADVICE = (      # what was found, as a pattern, and what to do about it
     ("version https://git-lfs", "this only points to the data: fetch them with `git lfs pull`"),
     ("with b.<", "this is a web page: fetch the file again, the server answered with a page"),
-    (r"with b.[(\]}]| \w*STRING", 'if Python 2 wrote it, load it once with encoding="latin1" where you trust it, and '
-                                  "save it again with protocol=4"),
+    (r"with b.[(\]}]| \w*STRING", 'if Python 2 wrote it, load it once with encoding="latin1" where you trust '
+                                  "it, and save it again with protocol=4"),
     (r"with b.PK|'torch\.", "save plain arrays, of tensors their .numpy(), with pickle.dump"),
     (r"'pandas\.", 'save tables as their .to_dict("list") or .to_numpy(), with pickle.dump'),
     ("starts with", "expected a pickle of protocol 2 to 5: fetch it again, or write it with protocol=4"),
     (r"\\r", "its line ends were changed on the way: transfer it again, in binary mode"),
     ("cannot be read", "expected one whole pickle: fetch or write it again"),
-    ("", "expected dicts, lists, text, numbers, plain arrays: save yours so, and do not load this by other means"),
+    ("", "expected dicts, lists, text, numbers, plain arrays: save yours so, do not load it otherwise"),
 )
 PLAIN = {str, bytes, memoryview, int, float, bool, type(None), list, tuple, dict, np.ndarray}
 DTYPE = re.compile("b1|[iu][1248]|f[248]|[US][1-9][0-9]{0,6}|O8?")
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-LENGTH = {"SHORT_BINUNICODE": 1, "BINUNICODE": 4, "BINUNICODE8": 8, "BINBYTES": 4, "BINBYTES8": 8, "BYTEARRAY8": 8}
+LENGTH = {"SHORT_BINUNICODE": 1, "BINUNICODE": 4, "BINUNICODE8": 8,
+          "BINBYTES": 4, "BINBYTES8": 8, "BYTEARRAY8": 8}
 OPCODES = {ord(op.code): op for op in pickletools.opcodes}
 
 def read_pickle(path) -> object:
     """The plain data in a pickle, protocols 2 to 5, numpy 1 or 2. Raises DataError for everything else.
 
-    Arrays are read-only views of the mapped file, perhaps unaligned or byte-swapped; those of objects come as lists.
+    Arrays are read-only views of the mapped file, perhaps unaligned or byte-swapped; of objects, lists.
     """
     data = b""
     try:
@@ -81,7 +82,7 @@ class PickleMachine:
             raise DataError(f"starts with {data[:64].lstrip()[:24]!r}")
         while (op := OPCODES[data.read_byte()]).name != "STOP":
             if op.arg is None and op.name not in CONSTANTS:
-                self.spend(64)              # about what a container or a memo entry takes; in the file, one byte
+                self.spend(64)              # what a container or memo entry takes; in the file, one byte
             items = self.take(op) if op.stack_before else []
             push = self.stacks[-1].append
             match op.name:
@@ -130,7 +131,7 @@ class PickleMachine:
         return self.check(root)
 
     def make(self, named, args):
-        """What numpy would make of a call or of a description, but for a file that says "2 GiB" and has 8 bytes."""
+        """What numpy would make of a call or of a description, but for one of "2 GiB" that has 8 bytes."""
         match named.text.replace("numpy._core.", "numpy.core."), args:      # numpy 2 and 1
             case "numpy.core.multiarray._reconstruct", (Named("numpy.ndarray"), (0,), _):
                 return Named("array")
@@ -163,7 +164,7 @@ class PickleMachine:
         return array if axes is None else array.transpose(axes)
 
     def check(self, x, depth=16):
-        """Nothing unfinished or cyclic is left, nor parts shared so often that a walk over all would not end."""
+        """Nothing unfinished or cyclic is left, nor parts shared so often that a walk would not end."""
         self.spend(16)
         if type(x) not in PLAIN:
             raise DataError("has a name or half an array in the place of data")

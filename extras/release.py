@@ -10,7 +10,8 @@ OFFICIAL_LAYERS = {                     # our layer: the release's; the misspell
     "audio.linear": "audio_LSTM.linear",
     "video.linear": "video_LSTM.linear",
     "mixer.text": "text_guide_mixer.text_mlp",
-    **{f"fusion.scales.{i}.{j}": f"mutli_scale_fusion.scale{i + 1}.{j}" for i, j in product(range(3), (0, 2))},
+    **{f"fusion.scales.{i}.{j}": f"mutli_scale_fusion.scale{i + 1}.{j}"
+       for i, j in product(range(3), (0, 2))},
     "fusion.join": "mutli_scale_fusion.integrating.Integrating_layer.0",
     "project": "mutli_scale_fusion.multi_scale_projector",
     "spread": "mutli_scale_fusion.projector",
@@ -23,8 +24,8 @@ OFFICIAL_NAMES = {                      # our parameter: the release's
 
 @torch.no_grad()
 def reread(llm, before: list[int], x, steps: int):
-    """The release's ChatGLM3 (transformers 4.36): each step reads the whole row, the ids `before` and x (B, T, C),
-    and all new tokens again, from position 0 on, and still sees what all steps before it read.
+    """The release's ChatGLM3 (transformers 4.36): each step reads the whole row, the ids `before` and x
+    (B, T, C), and all new tokens again, from position 0 on, and still sees what all steps before it read.
 
     Returns the new ids, (B, steps).
     """

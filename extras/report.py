@@ -1,5 +1,5 @@
-"""What a run leaves for people: curves, metrics.json and predictions.csv, and several seeds in a table beside the
-release's figures."""
+"""What a run leaves for people: curves, metrics.json and predictions.csv, and several seeds in a table beside
+the release's figures."""
 import csv
 import io
 import json
@@ -70,7 +70,8 @@ def summarize(records: list[dict], out: Path):
         if std is None:
             print(f"{line}; here {ours:.4f}")
         else:
-            print(f"{line} +- {std:.4f}; here {ours:.4f}, {(ours - mean) / std:+.1f} of its standard deviations")
+            away = (ours - mean) / std
+            print(f"{line} +- {std:.4f}; here {ours:.4f}, {away:+.1f} of its standard deviations")
     if note:
         print(f"note: {note}")
 
