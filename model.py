@@ -128,7 +128,7 @@ def check_features(raw: dict, file: Path):
                     raise ValueError(f"{file}: {name} is {value!r:.80}, expected a number; fetch it again")
         elif kind != "default":
             raise ValueError(f"{file}: {key} is {rope!r:.100}, but only plain rotary embedding and llama3's "
-                             "are here; use a model without (where it was added for long texts, delete the key)")
+                             "are here; use a model without (where it was added for length, delete the key)")
         raw |= {name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope}
     if raw.get("sliding_window") and raw.get("use_sliding_window", True):
         raise ValueError(f"{file}: sliding_window is {raw['sliding_window']!r:.80}, which is not here; "
@@ -305,7 +305,7 @@ class LLM(nn.Module):
 
         mask: (B, S) bool of cached and new positions, False where a row is padding, which stands in front;
         None: there is none. Only attention computes padding. recompute: how many blocks, from the first on,
-        keep only their input for backward. last: wanted positions, from the end; the last block computes these.
+        keep only their input for backward. last: wanted positions, from the end; the last block gives these.
         """
         places = self.places(x, mask, cache)
         for layer, block in enumerate(self.blocks):
@@ -436,9 +436,10 @@ def weight_files(path: Path) -> tuple[list[Path], dict]:
         index = path / f"{kind}.index.json"
         if index.is_file():
             homes = read_json(index).get("weight_map")
-            if not (isinstance(homes, dict) and homes and all(Path(str(h)).name == h for h in homes.values())):
+            named = list(homes.values()) if isinstance(homes, dict) else []
+            if not named or any(Path(str(name)).name != name for name in named):
                 raise ValueError(f"{index}: expected a weight_map of tensors to files here; fetch it again")
-            return [path / name for name in sorted(set(homes.values()))], homes
+            return [path / name for name in sorted(set(named))], homes
         files = sorted(path.glob(glob))
         if files:
             return files, {}
