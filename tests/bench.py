@@ -12,7 +12,7 @@ Four ways with the same weights take turns, so that a noisy machine hurts all al
                 the label's positions only. Answers: its `generate`, padded in front, with a mask
     release     transformers as the release uses it: rows of fixed length, in random order, --batch at a time
                 also when answering, logits over the vocabulary at every position, in `generate`, too
-TFLOP/s count 4 FLOP per weight of the blocks and token, 6 with recomputation, 2 when answering. `of product`
+TFLOP/s count 4 FLOP per weight of the blocks and token read, 6 with recomputation, 2 when answering. `of product`
 is their share of what a plain matrix product reaches on the same device.
 """
 import math
@@ -157,8 +157,9 @@ def report(title: str, ways: dict, rounds: dict, seconds: dict, flops: int):
     product = 2 * math.prod(PRODUCT) * PRODUCTS * (len(rounds["default"]) - 1) / seconds["product"]
     rows = {name: sum(len(batch.text) for batch in batches[name]) for name in ways}
     for name, net in ways.items():
+        read = len(net.before) if type(net) is MultimodalLLM else 0     # the beginning, which is kept
         with torch.no_grad():                                   # the release's pads count
-            tokens = sum(int(net.rows(batch)[1].sum()) for batch in batches[name])
+            tokens = sum(int(net.rows(batch)[1][:, read:].sum()) for batch in batches[name])
         rate, n, took = flops * weights * tokens / seconds[name], rows[name], seconds[name]
         peer, release = (took / n * rows[other] / seconds[other] for other in ("peer", "release"))
         print(f"{name:9}{n:6}{took:10.2f}{n / took:9.1f}{tokens / n:12.1f}{rate / 1e12:9.3f}"
