@@ -25,6 +25,11 @@ def need_shared(*parts) -> Path:
     return path
 
 
+def need_smollm2() -> Path:
+    """The folder that ../shared/weights/make_smollm2.py makes, beside it or where SMOLLM2 says."""
+    return Path(os.environ.get("SMOLLM2") or need_shared("weights", "SmolLM2-135M-Instruct"))
+
+
 def close(ours, theirs, tolerance: float = 1e-5):
     torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance, check_dtype=False)
 

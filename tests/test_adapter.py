@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from adapter import OFFICIAL_NAMES, AdapterConfig, MSEAdapter, MultimodalLLM, load_adapter, save_adapter
-from data import TASKS, Batch, preset
+from data import TASKS, Batch, DataError, preset, special_ids
 from eval import label_logprobs
 from model import load_llm
 
@@ -375,3 +375,29 @@ def test_other_files_are_refused(saved):
         refused(net, file, "not a saved adapter")
     file.unlink()
     refused(net, file)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# A backbone that the release does not know
+
+
+class OtherTokens(ByteTokenizer):
+    """Its special tokens are its own, as tokenizer_config.json names them."""
+    special = ["<begin>", "<end>"]
+    names = {"bos": "<begin>", "eos": "<end>", "pad": None}
+
+    def token_id(self, name: str) -> int:
+        if name not in self.special:
+            raise DataError(f"no token {name}")
+        return super().token_id(name)
+
+
+def test_special_tokens_come_from_the_checkpoint_where_the_release_has_other_ones(tiny):
+    words, tokenizer = TASKS["meld"].wording("llama"), OtherTokens()
+    assert special_ids(words, tokenizer) == ([0], 1, 1)
+    tokenizer.names = {"bos": None, "eos": "<end>", "pad": "<begin>"}
+    assert special_ids(words, tokenizer) == ([], 1, 0)
+    assert TASKS["meld"].wording("qwen3").prompt == words.prompt        # it is spoken to as LLaMA2
+    tokenizer.names = {"bos": None, "eos": None, "pad": None}
+    with pytest.raises(DataError, match="no token"):
+        special_ids(words, tokenizer)

@@ -9,7 +9,8 @@ import torch
 from torch.nn import RMSNorm
 import torch.nn.functional as F
 from bench import kept_bytes
-from conftest import TINY, near, need_shared, published_tensors, recipe, tiny_tensors, write_checkpoint
+from conftest import TINY, near, need_shared, need_smollm2, published_tensors, recipe
+from conftest import tiny_tensors, write_checkpoint
 
 from data import load_tokenizer
 from model import LLM, MLP, Config, KVCache, apply_rope, at_real, load_llm, rope_table
@@ -406,6 +407,18 @@ def test_generate_stops_at_the_end_token(tiny64):
 
 STORY = ("Once upon a time, there was a little girl named Lily. She loved to play outside in the park. "
          "One day, she saw a big, red ball.")
+
+
+def test_smollm2_knows_the_capital_of_france():
+    path = need_smollm2()
+    llm, tokenizer = load_llm(path), load_tokenizer(path)
+    start, end = tokenizer.token_id("<|im_start|>"), tokenizer.token_id("<|im_end|>")
+    ids = []
+    for said in ("system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face",
+                 "user\nWhat is the capital of France?"):
+        ids += [start, *tokenizer.encode(said), end, *tokenizer.encode("\n")]
+    x = llm.embed(torch.tensor([[*ids, start, *tokenizer.encode("assistant\n")]]))
+    assert tokenizer.decode(llm.generate(x, 20, eos_id=end)[0].tolist()) == "The capital of France is Paris."
 
 
 def test_a_real_model_writes_its_story():

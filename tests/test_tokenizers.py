@@ -1,7 +1,6 @@
 """Tokenizers against the libraries that define them: sentencepiece, tiktoken (Qwen), tokenizers (tokenizer.json)."""
 import base64
 import json
-import os
 import pickle
 import random
 import unicodedata
@@ -12,7 +11,7 @@ import pytest
 import sentencepiece
 import tiktoken
 import tokenizers
-from conftest import need_shared
+from conftest import need_shared, need_smollm2
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from data import CHATGLM3_SPECIALS, QWEN_SPECIALS, SPELL, ByteBPE, load_tokenizer, special_names
@@ -429,9 +428,8 @@ def test_qwen_file():
 
 
 def test_smollm2_file():
-    """The folder that ../shared/weights/make_smollm2.py makes, beside it or where SMOLLM2 says."""
-    folder = os.environ.get("SMOLLM2") or need_shared("weights/SmolLM2-135M-Instruct")
+    folder = need_smollm2()
     mine = load_tokenizer(folder)
-    reference = tokenizers.Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
+    reference = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     assert mine.size == 49152 and mine.names == {"bos": "<|im_start|>", "eos": "<|im_end|>", "pad": "<|im_end|>"}
     equal(mine, reference, [*meld_texts(), *EDGES, *random_strings(2000)])
