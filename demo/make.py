@@ -261,7 +261,7 @@ def save_llm(llm: LLM):
     """fp16, under Hugging Face's names: our stacked tensors are cut again."""
     config, tensors = llm.config, {}
     for name, tensor in llm.state_dict().items():
-        names = sources(config.family, name)
+        names = sources(config, name)
         for source, part in zip(names, tensor.chunk(len(names))):       # q, k, v are equally high here, and so gate, up
             tensors[source] = part.half().clone()
     save_file(tensors, HERE / "llm" / "model.safetensors", metadata={"format": "pt"})

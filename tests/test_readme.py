@@ -15,11 +15,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "demo")]
 
 import adapter  # noqa: E402
 import data  # noqa: E402
 import eval  # noqa: E402
+import make  # noqa: E402
 import model  # noqa: E402
 import train  # noqa: E402
 from test_adapter import COUNTS  # noqa: E402
@@ -125,6 +126,15 @@ def test_own_data_as_printed(page, tmp_path, monkeypatch, capsys):
     trains = trains.replace("demo/llm", str(ROOT / "demo" / "llm"))
     train.main([*trains.split(), "--device", "cpu", "--max-epochs", "1"])
     assert "wrote runs/mine-llm/1111" in capsys.readouterr().out
+
+
+def test_the_demos_backbone_is_saved_to_the_same_bytes(tmp_path, monkeypatch):
+    """The last step of demo/make.py; its training takes minutes."""
+    monkeypatch.setattr(make, "HERE", tmp_path)
+    (tmp_path / "llm").mkdir()
+    make.save_llm(model.load_llm(ROOT / "demo" / "llm"))
+    file = Path("llm", "model.safetensors")
+    assert (tmp_path / file).read_bytes() == (ROOT / "demo" / file).read_bytes()
 
 
 def test_every_tweak_is_on_the_page_and_applies(page, tmp_path):
