@@ -56,7 +56,8 @@ def describe(task, data, rows: list, tokenizer):
         low, high, n, total, squares = np.array(figures).T
         shapes = sorted({getattr(data, kind)[row].shape for row in rows})
         shape = f"{shapes[0]}" if len(shapes) == 1 else f"{shapes[0]} to {shapes[-1]}"
-        published = str((getattr(task, f"{kind}_len"), getattr(task, f"{kind}_dim")))
+        width = getattr(task, f"{kind}_dim")            # 0: nothing is published
+        published = f"({getattr(task, f'{kind}_len')}, {width})" if width else ""
         dtypes = ", ".join(sorted({str(getattr(data, kind)[row].dtype) for row in rows}))
         zero = np.sum((n > 0) & (squares == 0))
         print(f"  {kind:8} {beside(shape, published)}, {dtypes}; lengths {min(lengths)} to {max(lengths)}; "
