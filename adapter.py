@@ -21,7 +21,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data import special_ids
-from extras.files import digest, read_tensors, write_tensors
+from extras.files import brief, digest, read_tensors, write_tensors
 from extras.release import OFFICIAL_NAMES, read_official, reread  # noqa: F401
 from model import KVCache
 
@@ -227,10 +227,11 @@ def load_adapter(path, llm, tokenizer, task, official: bool = False) -> Multimod
         if meta.get(key) != here:
             raise ValueError(f"{path}: the adapter's {key} is {meta.get(key)!r:.200}, but here {here!r}")
     try:
-        adapter = MSEAdapter(AdapterConfig(**meta["config"]))
-        adapter.load_state_dict(tensors)                    # raises what is missing, unexpected or misshapen
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{path}: not a whole saved adapter ({error}); copy it again, or train") from None
+        with torch.device("meta"):                          # no memory, whatever sizes the file names
+            adapter = MSEAdapter(AdapterConfig(**meta["config"]))
+        adapter.load_state_dict(tensors, assign=True)       # raises what is missing, unexpected or misshapen
+    except Exception as error:          # whatever a damaged or hostile file provokes, it was refused
+        raise ValueError(f"{path}: not a whole saved adapter ({brief(error)}); copy it again") from None
     if meta.get("sha256") != digest(tensors):
         raise ValueError(f"{path}: its numbers are not those that were saved (sha256); copy it again")
     return MultimodalLLM(llm, adapter.to(llm.embed.weight.device), tokenizer, task, official)
@@ -241,5 +242,5 @@ def load_official(path, config: AdapterConfig) -> MSEAdapter:
     try:
         adapter.load_state_dict(read_official(path))
     except Exception as error:          # whatever a damaged or hostile file provokes, it was refused
-        raise ValueError(f"{path}: not a state dict of tensors as the release saves ({error})") from None
+        raise ValueError(f"{path}: no state dict of tensors as the release saves ({brief(error)})") from None
     return adapter

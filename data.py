@@ -24,7 +24,7 @@ import numpy as np
 import sentencepiece
 import torch
 
-from extras.check import check
+from extras.check import check, check_task
 from extras.hub import LLM_FILES, hub_folder
 from extras.pickles import DataError, read_pickle
 
@@ -277,7 +277,7 @@ class SentencePiece:
 
     def token_id(self, name: str) -> int:
         if name not in self.special:
-            raise DataError(f"{self.file} has no special token {name!r}, only {list(self.special)}")
+            raise DataError(f"{self.file} has no special token {name!r}, only {list(self.special)!s:.300}")
         return self.special[name]
 
 @cache
@@ -294,7 +294,7 @@ def compile_split(pattern: str) -> re.Pattern:
     """The pattern, for stand-ins. Its one group makes re.split return what it finds and what is between."""
     pieces = r"\\p\{[LMN]\}|\\[rnsS]|'[a-z]+|\(\?(?:i:|:|!)|\{\d+,?\d*\}|[?*+](?!\+)|[][^|) ]"
     if odd := re.sub(pieces, "", pattern):
-        raise DataError(f"{odd!r} in its split pattern {pattern!r} {UNREAD}")
+        raise DataError(f"{odd!r:.80} in its split pattern {pattern!r:.400} {UNREAD}")
     pattern = re.sub(r"\[.*?\]", lambda part: part[0].replace(r"\p{L}", "a-zA-Z"), pattern)
     pattern = pattern.replace(r"\p{L}", "[a-zA-Z]").replace(r"\p{M}", "\u0300").replace(r"\p{N}", r"\d")
     return re.compile(f"({pattern})", re.ASCII)
@@ -321,8 +321,8 @@ class ByteBPE:
         needed = {chr(byte).translate(SPELL) for byte in written}
         needed |= {pair.replace(" ", "") for pair in self.ranks}
         if lost := needed - self.ids.keys():
-            raise DataError(f"the vocabulary lacks {len(lost)} bytes or merges, such as {min(lost)!r}: cut "
-                            "short or of another model, download it again with its merges")
+            raise DataError(f"the vocabulary lacks {len(lost)} bytes or merges, such as {min(lost)!r:.80}: "
+                            "cut short or of another model, download it again with its merges")
 
     def encode(self, text: str) -> list[int]:
         ids = []
@@ -399,7 +399,7 @@ def read_merges(file: Path) -> ByteBPE:
     config = json.loads(read_file(file.with_name("tokenizer_config.json")))
     kind = config.get("tokenizer_class", "Qwen2Tokenizer")
     if not kind.startswith("Qwen"):
-        raise DataError(f"it does not tell how {kind!r} cuts texts: copy the original's tokenizer.json here")
+        raise DataError(f"it does not tell how {kind!r:.80} cuts texts: copy the original tokenizer.json")
     special = {token["content"]: int(i) for i, token in config["added_tokens_decoder"].items()}
     lines = read_file(file).decode().splitlines()
     ranks = {line: rank for rank, line in enumerate(lines) if line and not line.startswith("#version")}
@@ -418,7 +418,7 @@ def read_tokenizer_json(file: Path) -> ByteBPE:
              "continuing_subword_prefix": "", "end_of_word_suffix": ""}
     for name, value in plain.items():
         if model.get(name) not in (value, None):
-            raise DataError(f"its {name} {model[name]!r} {UNREAD}")
+            raise DataError(f"its {name} {model[name]!r:.200} {UNREAD}")
     cutter = data.get("pre_tokenizer") or {}
     steps, splits = cutter.get("pretokenizers") or [cutter], []
     for step in steps:
@@ -431,7 +431,7 @@ def read_tokenizer_json(file: Path) -> ByteBPE:
                 if step.get("use_regex", True):
                     splits.append(GPT2_SPLIT)
             case _:
-                raise DataError(f"its pre_tokenizer {step} {UNREAD}")
+                raise DataError(f"its pre_tokenizer {step!s:.400} {UNREAD}")
     special = {token["content"]: token["id"] for token in data["added_tokens"]}
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     ranks = {merge: rank for rank, merge in enumerate(merges)}
@@ -468,7 +468,7 @@ def load_tokenizer(path: str | Path) -> SentencePiece | ByteBPE:
         except DataError as error:
             raise DataError(f"{file}: {error}") from None
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            raise DataError(f"{file} is cut short or of another kind, {error!r}: download it again") from None
+            raise DataError(f"{file}: cut short or of another kind, {error!r:.99}: download it again") from None
     raise DataError(f"no tokenizer in {path}: copy {' or '.join(READERS)} there from the original checkpoint")
 
 # --- Files: below a folder, else in the hub's cache, which is where downloads go ----------------------------
@@ -478,8 +478,8 @@ def find_llm(name, fetch: bool = False) -> Path:
         return Path(name)
     folder = hub_folder(str(name), "model", LLM_FILES, fetch)
     if folder is None:
-        raise DataError(f"{name}: no such backbone, neither as a folder nor in the hub's cache; get it with: "
-                        f"train.py --llm {name} --download, or: hf download {name}")
+        raise DataError(f"{name}: no such backbone, neither as a folder nor in the hub's cache; name its "
+                        f"folder or get it: train.py --llm {name} --download, or: hf download {name}")
     if fetch and not any(folder.glob("*.safetensors")):
         hub_folder(str(name), "model", ["*.bin"], fetch)
     return folder
@@ -508,7 +508,7 @@ def find_data(task: Task, data_dir, split: str, fetch: bool = False) -> Path:
         raise DataError(f"{data_dir}: {name} was not found in or below this folder, where there is "
                         f"{there[:300] or 'no .pkl file'}; {advice}")
     if len(found) > 1:
-        listed = ", ".join(map(str, found))
+        listed = ", ".join(map(str, found))[:500]
         raise DataError(f"{data_dir}: {len(found)} files could be {name}: {listed}; point --data-dir at one")
     return found[0]
 
@@ -701,6 +701,7 @@ def main(argv=None) -> int:
     task = TASKS[args.name]
     data_dir = args.data_dir or HERE / task.home
     try:
+        check_task(task)
         if args.download:
             for split in SPLITS:
                 find_data(task, data_dir, split, fetch=True)

@@ -27,6 +27,7 @@ from data import collate, find_llm, load_split, load_tokenizer
 from extras import backbone
 from extras.clip import clip_row, clip_text, found
 from extras.files import read_json
+from extras.guards import check_device, read_settings
 from extras.report import aligned, write_results
 from model import load_llm
 
@@ -147,7 +148,7 @@ def metrics_of(task: Task):
     """The task's metrics: for classes, for intensities within -1..1, or for larger ones."""
     if task.labels:
         return class_metrics
-    return simsv2_metrics if task.range[1] <= 1 else mosei_metrics
+    return simsv2_metrics if max(task.range, default=0) <= 1 else mosei_metrics
 
 METRICS = {name: metrics_of(task) for name, task in TASKS.items()}
 WHY_NAN = {"corr": "predictions or true values are constant or no numbers",
@@ -438,20 +439,18 @@ def parse_args():
 
 def main():
     args = parse_args()
-    file = args.run / "settings.json"
-    if not file.is_file():
-        raise ValueError(f"{file}: not there; expected the folder of one run of train.py, OUT/SEED")
-    settings = read_json(file, ("data", "data_dir", "llm", "official", "decode", "readout", "eval_batch",
-                                "device", "dtype"))
+    allowed = {"data": TASKS, "decode": DECODE, "readout": READOUT}
+    settings = read_settings(args.run / "settings.json", allowed)
     task, device = TASKS[settings["data"]], args.device or settings["device"]
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"{args.run} ran on a GPU, which is not at hand here; pass --device cpu")
+    check_device(device)
     path, dtype = find_llm(args.llm or settings["llm"] or task.llm), getattr(torch, settings["dtype"])
     tokenizer = load_tokenizer(path)
     if args.check_backbone:             # the fresh copy is gone before the other comes
         fresh = backbone.fingerprints(load_llm(path, device, dtype), tokenizer, task)
     llm = load_llm(path, device, dtype)
     net = load_adapter(args.run / "adapter.safetensors", llm, tokenizer, task, settings["official"])
+    if args.llm:
+        print(f"backbone found by --llm: {path}, whose weights are the run's", file=sys.stderr)
     if args.ask is not None:
         print(backbone.ask(net, args.ask))
         return

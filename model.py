@@ -24,7 +24,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from extras.files import read_json
+from extras.files import read_index, read_json
 
 # --- Config -------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
@@ -64,8 +64,8 @@ class Config:
         for field in fields(cls):
             value = sizes.get(field.name, 1 if field.name == "head_dim" else field.default)
             if field.name in KEYS and field.type in (int, float):
-                is_number = type(value) in (int, float) and 0 < value < 2**31
-                if not is_number or value != field.type(value):
+                is_number = type(value) in (int, field.type)
+                if not is_number or not 0 < value < LIMITS.get(field.name, 2**24):
                     found = repr(value)[:80] if field.name in sizes else "missing"
                     raise ValueError(f"{file}: {' or '.join(KEYS[field.name])} is {found}, expected a "
                                      "positive number; fetch the file again")
@@ -94,6 +94,7 @@ KEYS = {
     "qkv_bias": ["add_qkv_bias"],
     "tied_head": ["tie_word_embeddings"],
 }
+LIMITS = {"n_layer": 1000, "n_head": 1000, "n_kv_head": 1000, "rope_theta": 2**40}      # others: 2**24
 SWITCHES = {
     "llama": {},
     "mistral": {},
@@ -425,8 +426,8 @@ def find_tensors(path: Path) -> dict:
             if homes.get(name, file.name) != file.name:
                 continue                        # the index says that it lies in another file
             if name in stored:
-                raise ValueError(f"{path}: {name} is in {stored[name][0].name} and in {file.name}; keep the "
-                                 "file that belongs to this checkpoint")
+                raise ValueError(f"{path}: {name:.99} is in {stored[name][0].name} and in {file.name}; keep "
+                                 "the file that belongs to this checkpoint")
             stored[name] = file, tensor
     return stored
 
@@ -435,11 +436,8 @@ def weight_files(path: Path) -> tuple[list[Path], dict]:
     for kind, glob in (("model.safetensors", "*.safetensors"), ("pytorch_model.bin", "pytorch_model*.bin")):
         index = path / f"{kind}.index.json"
         if index.is_file():
-            homes = read_json(index).get("weight_map")
-            named = list(homes.values()) if isinstance(homes, dict) else []
-            if not named or any(Path(str(name)).name != name for name in named):
-                raise ValueError(f"{index}: expected a weight_map of tensors to files here; fetch it again")
-            return [path / name for name in sorted(set(named))], homes
+            homes = read_index(index)
+            return [path / name for name in sorted(set(homes.values()))], homes
         files = sorted(path.glob(glob))
         if files:
             return files, {}
@@ -492,7 +490,8 @@ def check_tensors(path: Path, llm: LLM, stored: dict):
     if twice and not problems and not torch.equal(stored[head][1], stored[embedding][1]):
         problems.append(f"{head} is not {embedding}, but config.json has tie_word_embeddings")
     if problems:
-        raise ValueError(f"{path}: the weights do not fit config.json:\n  " + "\n  ".join(problems))
+        listed = "\n  ".join(problems)[:1800]
+        raise ValueError(f"{path}: {len(problems)} weights do not fit config.json:\n  {listed}")
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:

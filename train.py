@@ -28,8 +28,9 @@ from adapter import AdapterConfig, MSEAdapter, MultimodalLLM, save_adapter
 from data import FEATURES, HERE, SPLITS, TASKS, Split, collate, epoch_rows, find_data, find_llm
 from data import load_split, load_tokenizer, preset
 from eval import DECODE, READOUT, ablation, collapsed, evaluate, feature_range
+from extras.check import check_task
 from extras.files import read_json, write_atomic
-from extras.guards import locked, uninterrupted
+from extras.guards import check_device, locked, uninterrupted
 from extras.report import curves, recorded, summarize, write_results
 from model import Config, load_llm
 
@@ -108,8 +109,8 @@ def resolve(settings: Settings, family: str) -> Settings:
     values.setdefault("out", f"runs/{task.name}-{Path(settings.llm or task.llm).name}{mode}")
     if settings.device == "auto":
         values["device"] = "cuda" if gpu else "cpu"
-    elif settings.device.startswith("cuda") and not gpu:
-        raise ValueError(f"--device {settings.device}: torch finds no GPU here; take --device cpu")
+    else:
+        check_device(settings.device)
     if settings.dtype == "auto":
         bf16 = gpu and torch.cuda.is_bf16_supported()
         values["dtype"] = default_dtype(values["device"], settings.official, bf16)
@@ -392,11 +393,13 @@ def main(argv=None):
         for split in SPLITS:
             find_data(task, data_dir, split, fetch=True)
     path = find_llm(backbone, settings.download)
+    family = Config.from_dir(path).family
+    check_task(task, family)
     splits = {split: load_split(task, data_dir, split) for split in SPLITS}
     widths = {(split.audio[0].shape[1], split.video[0].shape[1]) for split in splits.values()}
     if len(widths) > 1:
         raise ValueError(f"{data_dir}: splits of {widths} audio and video features; expected as many in each")
-    family, tokenizer = Config.from_dir(path).family, load_tokenizer(path)
+    tokenizer = load_tokenizer(path)
     settings = resolve(settings, family)
     rows = ", ".join(f"{len(split)} {name}" for name, split in splits.items())
     print(f"{task.name}: {rows} rows; backbone {Path(backbone).name} ({family})")

@@ -5,6 +5,17 @@ from collections import Counter, defaultdict
 
 import numpy as np
 
+def check_task(task, family: str = "llama"):
+    """Raise ValueError for an entry of TASKS with which no run could go on to its end."""
+    if bool(task.labels) == (len(task.range) == 2):
+        raise ValueError(f"task {task.name}: labels {task.labels!r:.80}, range {task.range!r:.80}; expected "
+                         "one of the two in TASKS: class names, or the least and the largest intensity")
+    try:
+        task.wording(family)
+    except KeyError as error:
+        raise ValueError(f"task {task.name}: data.py has no words for {error}; add this language to TAG, and "
+                         "to prompts and lead of each family") from None
+
 def check(task, files: dict, splits: dict, problems: dict, tokenizer=None, shown: int = 10) -> int:
     """Print what a data set holds, then its problems by row, some of each kind; returns their number.
 

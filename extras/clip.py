@@ -1,18 +1,28 @@
 """One clip: what an adapter answers, and what each part changes; python eval.py RUN --text calls it."""
+from pathlib import Path
+
 import numpy as np
 
 from adapter import MultimodalLLM
 from data import FEATURES, Split, Task, clean
+from extras.files import brief
 from extras.report import aligned
+
+MOST_FRAMES = 100_000                   # a file of a few bytes may claim to hold billions
+ADVICE = {".npz": "numpy.load(FILE)[NAME]", ".csv": "numpy.loadtxt(FILE, delimiter=',')",
+          ".txt": "numpy.loadtxt(FILE)", ".pt": "torch.load(FILE, weights_only=True).numpy()"}
 
 def read_features(path, width: int) -> np.ndarray:
     """The numbers (frames, width) in a .npy file. Raises ValueError if it holds anything else."""
     try:
         x = np.lib.format.open_memmap(path, mode="r")
     except Exception as error:          # whatever a damaged or hostile file provokes, it was refused
-        raise ValueError(f"{path}: not a .npy file of numbers ({error})") from None
-    if x.ndim != 2 or len(x) == 0 or x.shape[1] != width or x.dtype.kind not in "fiub":
-        raise ValueError(f"{path}: holds {x.dtype} {x.shape}; expected numbers (frames, {width})")
+        array = ADVICE.get(Path(path).suffix, "ARRAY")
+        raise ValueError(f"{path}: not a .npy file of numbers ({brief(error)}); expected (frames, {width}), "
+                         f"written by numpy.save('a.npy', {array})") from None
+    if x.ndim != 2 or x.shape[1] != width or x.dtype.kind not in "fiub" or not 0 < len(x) <= MOST_FRAMES:
+        raise ValueError(f"{path}: holds {x.dtype!s:.40} {x.shape!s:.40}; expected numbers (frames, {width}) "
+                         f"of 1 to {MOST_FRAMES:,} frames")
     return x
 
 def oddities(x: np.ndarray, modality: str, ranges: dict) -> list[str]:
@@ -24,7 +34,12 @@ def oddities(x: np.ndarray, modality: str, ranges: dict) -> list[str]:
         notes.append(f"{modality}: {bad} values are not finite and count as 0")
     if modality not in ranges:
         return [*notes, f"{modality}: not compared with the training data, whose range was not recorded"]
-    x, (low, high) = clean(x), np.array(ranges[modality])
+    try:
+        low, high = np.array(ranges[modality], float).reshape(2, x.shape[1])
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"features.json: the range of {modality} is {ranges[modality]!r:.80}; expected 2 "
+                         f"lists of {x.shape[1]} numbers; train again") from None
+    x = clean(x)
     outside = np.maximum(low - x, x - high).max(axis=0)         # of each feature, by how much
     far = np.flatnonzero(outside > high - low)                  # by more than all of its range
     if len(far) > 0:

@@ -2,10 +2,15 @@
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
+
+def brief(error: Exception) -> str:
+    """What it says, on one line: it may quote the whole file that provoked it."""
+    return " ".join(str(error)[:400].split())
 
 def read_json(file: Path, keys=()) -> dict:
     """A JSON file of an object that has these keys. Raises ValueError that names the file otherwise."""
@@ -15,11 +20,19 @@ def read_json(file: Path, keys=()) -> dict:
         found = json.loads(file.read_text(encoding="utf-8-sig"))
         json.dumps(found, ensure_ascii=False).encode()      # refuses halves of characters, "\ud800"
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: not valid JSON ({error}); fetch or make it again") from None
+        raise ValueError(f"{file}: not valid JSON ({brief(error)}); fetch or make it again") from None
     missing = [key for key in keys if not isinstance(found, dict) or key not in found]
     if missing or not isinstance(found, dict):
         raise ValueError(f"{file}: expected an object with {', '.join(missing) or 'names'}; make it again")
     return found
+
+def read_index(file: Path) -> dict:
+    """{tensor: the file that holds it} of a checkpoint's index. Raises ValueError if they lie elsewhere."""
+    homes = read_json(file).get("weight_map")
+    names = homes.values() if isinstance(homes, dict) else ()
+    if not names or not all(re.fullmatch(r"[\w.-]{1,200}\.(safetensors|bin)", str(name)) for name in names):
+        raise ValueError(f"{file}: expected a weight_map of tensors to files here; fetch it again")
+    return homes
 
 def write_atomic(path, data: bytes):
     """Write a file such that after a crash at any moment it is whole: the old one or the new one."""
@@ -55,5 +68,5 @@ def read_tensors(path) -> tuple[dict, dict]:
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in list(file.keys())}
             return tensors, dict(json.loads(file.metadata()["mse-adapter"]))
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not a saved adapter ({error}); copy it again, or train") from None
+    except Exception as error:          # whatever a damaged or hostile file provokes, it was refused
+        raise ValueError(f"{path}: not a saved adapter ({brief(error)}); copy it again") from None

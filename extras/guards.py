@@ -1,12 +1,42 @@
-"""What keeps a run whole: Ctrl-C waits for the end of a step, and one process at a time works in a folder."""
+"""What keeps a run whole: Ctrl-C waits for the end of a step, one process at a time works in a folder, and
+the settings of a run are looked at before they are used."""
 import signal
 from contextlib import contextmanager
 from pathlib import Path
+
+import torch
+
+from extras.files import read_json
 
 try:
     import fcntl
 except ImportError:         # Windows has none: there nothing locks a run's folder
     fcntl = None
+
+# What evaluation needs of a run's settings.json.
+RECORDED = {"data": str, "data_dir": str | None, "llm": str | None, "official": bool, "decode": str,
+            "readout": str, "eval_batch": int, "device": str, "dtype": str}
+DTYPES = ("float32", "bfloat16", "float16")
+
+def read_settings(file: Path, allowed: dict) -> dict:
+    """A run's settings. allowed: {key: the values that it may have}. Raises ValueError for any others."""
+    if not file.is_file():
+        raise ValueError(f"{file}: not there; expected the folder of one run of train.py, OUT/SEED")
+    found, allowed = read_json(file, RECORDED), {**allowed, "dtype": DTYPES}
+    for key, kind in RECORDED.items():
+        value = found[key]
+        fits = isinstance(value, kind) and value in allowed.get(key, [value])
+        if not fits or (kind is int and value < 1):
+            raise ValueError(f"{file}: {key} is {value!r:.80}, which no run writes; copy the file again")
+    return found
+
+def check_device(name: str):
+    """Raises ValueError if torch cannot compute on a device here."""
+    try:
+        torch.ones(1, device=name).tolist()
+    except Exception as error:          # its type depends on the device
+        why = "torch finds no GPU here" if name.startswith("cuda") else f"{error!s:.100}"
+        raise ValueError(f"--device {name:.40}: {why}; pass --device cpu") from None
 
 @contextmanager
 def uninterrupted():
