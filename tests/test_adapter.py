@@ -3,6 +3,8 @@
 The backbone is in float64, the adapter in fp32: what is equal is equal to 1e-5 of the largest number.
 """
 import copy
+import json
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -361,12 +363,38 @@ def test_other_tensors_are_refused(saved, damage, words):
     refused(net, file, *words)
 
 
+@pytest.mark.parametrize("change", [
+    {"format": ["x"] * 999}, {"task": {"a": 1}}, {"backbone": "\ud800"}, {"sha256": None}, {"config": None},
+    {"config": [1]}, {"config": {}}], ids=lambda change: str(change)[:30])
+def test_other_metadata_is_refused(saved, change):
+    refused_with(saved, change)
+
+
+@pytest.mark.parametrize("change", [
+    {"x" * 9999: 1}, {"dim": "36"}, {"dim": 10**9}, {"audio_hidden": 10**12}, {"pseudo_tokens": 1e400},
+    {"modality": []}], ids=lambda change: str(change)[:30])
+def test_other_sizes_are_refused(saved, change):
+    refused_with(saved, {"config": asdict(saved[0].adapter.config) | change})
+
+
+def refused_with(saved, change):
+    """A file with other metadata is refused in one short sentence."""
+    net, file = saved
+    with safe_open(file, "pt") as opened:
+        meta = json.loads(opened.metadata()["mse-adapter"])
+    save_file(load_file(file), file, metadata={"mse-adapter": json.dumps(meta | change)})
+    with pytest.raises(ValueError) as error:
+        load_adapter(file, net.llm, net.tokenizer, net.task)
+    assert file.name in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 999
+
+
 def test_other_files_are_refused(saved):
     net, file = saved
     tensors = load_file(file)
     save_file(tensors, file)
     refused(net, file, "not a saved adapter")
     for meta, words in (("{}", "format is None"), ("not JSON", "not a saved adapter"), ("5", "not a saved adapter"),
+                        ("[" * 100_000, "not a saved adapter"), ("null", "not a saved adapter"),
                         ('{"format": "mse-adapter 0"}', "format is 'mse-adapter 0'")):
         save_file(tensors, file, metadata={"mse-adapter": meta})
         refused(net, file, words)

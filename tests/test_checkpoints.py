@@ -92,6 +92,9 @@ PARTIAL = {"rope_type": "default", "partial_rotary_factor": 0.5}
     ("llama", {"attention_bias": True}, ["attention_bias"]),
     ("llama", {"num_attention_heads": 0}, ["num_attention_heads is 0"]),
     ("llama", {"hidden_size": "36"}, ["hidden_size is '36'"]),
+    ("llama", {"hidden_size": 36.0}, ["hidden_size is 36.0"]),
+    ("llama", {"num_hidden_layers": 2**31 - 1}, ["num_hidden_layers or num_layers is 2147483647"]),
+    ("llama", {"intermediate_size": 2**30}, ["intermediate_size is 1073741824"]),
     ("llama", {"num_hidden_layers": 2.5}, ["num_hidden_layers or num_layers is 2.5"]),
     ("llama", {"vocab_size": -1}, ["vocab_size is -1"]),
     ("llama", {"rms_norm_eps": "small"}, ["small"]),
@@ -117,9 +120,14 @@ def test_every_size_must_be_in_the_config(tmp_path, family):
 def test_a_broken_config_is_refused(tmp_path):
     refused(tmp_path / "absent", "absent", "not found")
     refused(tmp_path, "config.json", "not found")
-    for text, word in {"": "JSON", '{"model_type": "llama",': "JSON", "[1, 2]": "object", "\xff": "JSON"}.items():
+    for text, word in {"": "JSON", '{"model_type": "llama",': "JSON", "[1, 2]": "object", "\xff": "JSON",
+                       "[" * 100_000: "JSON", '{"hidden_size": ' + "9" * 5000 + "}": "JSON"}.items():
         (tmp_path / "config.json").write_text(text, encoding="latin-1")
         refused(tmp_path, "config.json", word)
+    write_config(tmp_path, TINY["llama"])
+    expected, text = Config.from_dir(tmp_path), (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").write_text(text, encoding="utf-8-sig")               # as Windows' editor saves it
+    assert Config.from_dir(tmp_path) == expected
 
 
 def test_config_reads_both_homes_of_theta(tmp_path):
@@ -272,6 +280,14 @@ def test_every_wrong_tensor_is_named(checkpoint):
     refused(folder, name(1, "q"), name(1, "k"), "[20, 36]", "[60, 36]")
 
 
+def test_a_long_list_is_cut_but_counted(checkpoint):
+    folder = checkpoint()
+    write_config(folder, TINY["llama"] | {"num_hidden_layers": 99})
+    with pytest.raises(ValueError, match="864 weights do not fit config.json:\n  missing: model.layers.3") as error:
+        load_llm(folder)
+    assert len(str(error.value)) < 2000
+
+
 def test_a_misshapen_tensor_is_named_with_its_own_shard(shards):
     folder, _, homes = shards
     name = "model.layers.2.self_attn.v_proj.weight"
@@ -322,9 +338,12 @@ def test_a_tensor_in_two_files_is_refused_unless_the_index_tells_them_apart(tiny
 def test_an_index_that_is_wrong_is_refused(shards):
     folder, index, homes = shards
     above = {**homes, "x": "../x.safetensors"}
-    for found in ({}, {"weight_map": {}}, {"weight_map": []}, {"weight_map": above}):
+    for found in ({}, {"weight_map": {}}, {"weight_map": []}, {"weight_map": above}, {"weight_map": {"x": ["x.bin"]}},
+                  {"weight_map": {"x": "x" * 9999 + ".safetensors"}}, {"weight_map": {"x": "\0.safetensors"}}, [], 3):
         index.write_text(json.dumps(found))
-        refused(folder, index, "weight_map")
+        refused(folder, index, "weight_map" if isinstance(found, dict) else "expected an object")
+    index.write_text("[" * 100_000)
+    refused(folder, index, "not valid JSON")
     index.write_text(json.dumps({"weight_map": {**homes, "lm_head.weight": homes["model.norm.weight"]}}))
     refused(folder, "missing: lm_head.weight")
 

@@ -119,6 +119,7 @@ SPELLINGS = {       # of a table's columns: none changes what is read
     "float16": lambda t: t.update(audio=t["audio"].astype(np.float16)),
     "integers": lambda t: t.update(vision=(10 * t["vision"]).astype("i1")),
     "a list of arrays": lambda t: t.update(audio=list(t["audio"]), vision=tuple(t["vision"])),
+    "an object array of arrays": lambda t: t.update(audio=np.fromiter(t["audio"], object, len(t["audio"]))),
     "other columns": lambda t: t.update(text_bert=np.zeros((3, 3, 50)), annotations=["Neutral"] * 3),
 }
 

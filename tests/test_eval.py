@@ -2,6 +2,7 @@
 import csv
 import json
 import pickle
+import shutil
 from argparse import Namespace
 from dataclasses import asdict, replace
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import HERE, Bomb, ByteTokenizer, close, need_shared, random_adapter, recipe
+from safetensors.torch import load_file, save_file
 
 import eval
 from adapter import OFFICIAL_NAMES, AdapterConfig, MSEAdapter, MultimodalLLM, load_adapter, save_adapter
@@ -443,6 +445,22 @@ def test_features_that_do_not_fit_are_refused(tmp_path, array):
         clip.read_features(file, 6)
 
 
+def test_a_huge_sparse_file_is_refused_unread(tmp_path):
+    np.lib.format.open_memmap(tmp_path / "x.npy", "w+", np.float32, (200_000_000, 6))       # 4.8 GB of holes
+    with pytest.raises(ValueError, match=r"\(200000000, 6\); expected numbers \(frames, 6\) of 1 to 100,000"):
+        clip.read_features(tmp_path / "x.npy", 6)
+
+
+@pytest.mark.parametrize("name, content, advice", [
+    ("x.npz", b"PK\x03\x04", "numpy.load(FILE)[NAME]"), ("x.csv", b"1,2\n3,4\n", "numpy.loadtxt(FILE,"),
+    ("x.pt", b"PK\x03\x04", "weights_only=True"), ("x", b"y" * 9999, "numpy.save('a.npy', ARRAY)")])
+def test_the_advice_for_other_files(tmp_path, name, content, advice):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError) as error:
+        clip.read_features(tmp_path / name, 6)
+    assert advice in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 999
+
+
 @pytest.mark.parametrize("write", [
     lambda file, bomb: np.save(file, np.array([[bomb] * 6]), allow_pickle=True),
     lambda file, bomb: file.write_bytes(pickle.dumps(bomb))], ids=["array", "pickle"])
@@ -496,6 +514,51 @@ def test_a_run_that_does_not_fit_is_refused(run, monkeypatch, capsys, change, me
     (run / "settings.json").write_text(json.dumps(settings | change))
     with pytest.raises(ValueError, match=message):
         command(monkeypatch, capsys, run)
+
+
+@pytest.mark.parametrize("change", [
+    dict(data="x"), dict(data=["demo"]), dict(llm=3), dict(data_dir=[]), dict(official="no"), dict(decode="beam"),
+    dict(readout=None), dict(eval_batch="x"), dict(eval_batch=0), dict(dtype="load"), dict(dtype={}), dict(device=None)])
+def test_settings_that_no_run_writes_are_refused(run, monkeypatch, capsys, change):
+    settings = json.loads((run / "settings.json").read_text())
+    (run / "settings.json").write_text(json.dumps(settings | change))
+    (key, value), = change.items()
+    with pytest.raises(ValueError) as error:
+        command(monkeypatch, capsys, run)
+    assert str(error.value).endswith(f"settings.json: {key} is {value!r}, which no run writes; copy the file again")
+
+
+@pytest.mark.parametrize("device", ["nonsense", "meta", "cpu:x", "x" * 9999])
+def test_a_device_that_is_not_at_hand_is_refused(run, monkeypatch, capsys, device):
+    with pytest.raises(ValueError, match=f"--device {device[:9]}.*; pass --device cpu") as error:
+        command(monkeypatch, capsys, run, "--device", device)
+    assert len(str(error.value)) < 300
+
+
+def test_a_backbone_that_moved_is_told_and_another_refused(run, monkeypatch, capsys):
+    shutil.copytree(DEMO, run / "moved")
+    words = [run, "--text", "Oh.", "--json", "--llm", run / "moved"]
+    monkeypatch.setattr("sys.argv", ["eval.py", *map(str, words)])
+    eval.main()
+    out, err = capsys.readouterr()
+    assert json.loads(out)["label"] and f"backbone found by --llm: {run / 'moved'}" in err
+    tensors = load_file(run / "moved" / "model.safetensors")
+    before = load_llm(DEMO).fingerprint
+    tensors["model.norm.weight"][0] += 1
+    save_file(tensors, run / "moved" / "model.safetensors")
+    with pytest.raises(ValueError, match=f"the adapter's backbone is .*{before}.*, but here it is "):
+        eval.main()
+
+
+@pytest.mark.parametrize("wrong", [
+    3, "nn", None, {}, [[1.0] * 6], [[1.0] * 6, [1.0] * 5], [[1.0] * 6, [None] * 5 + [{}]], [[10**400] * 6] * 2,
+    [["a"] * 6] * 2], ids=str)
+def test_a_range_of_another_shape_is_refused(run, monkeypatch, capsys, wrong):
+    np.save(run / "a.npy", np.ones((3, 6)))
+    (run / "features.json").write_text(json.dumps({"audio": wrong}))
+    with pytest.raises(ValueError, match="features.json: the range of audio is .*; expected 2 lists of 6") as error:
+        command(monkeypatch, capsys, run, "--text", "x", "--audio", run / "a.npy")
+    assert len(str(error.value)) < 300
 
 
 def test_no_run(tmp_path, monkeypatch, capsys):

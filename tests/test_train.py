@@ -24,8 +24,8 @@ sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
 from adapter import AdapterConfig, MSEAdapter, MultimodalLLM  # noqa: E402
-from data import TASKS, Split, collate, load_split, load_tokenizer, read_pickle  # noqa: E402
-from eval import score  # noqa: E402
+from data import TASKS, Split, Task, collate, load_split, load_tokenizer, main, read_pickle  # noqa: E402
+from eval import metrics_of, score  # noqa: E402
 from model import LLM, Config, load_llm, read_json  # noqa: E402
 
 DISABLED = torch.amp.GradScaler("cpu", enabled=False)
@@ -270,9 +270,11 @@ def other_features(rows):
 
 
 @pytest.mark.parametrize("change", [other_features, lambda rows: rows[:-1]])
-def test_other_data_are_refused(begun, tmp_path_factory, change):
-    with pytest.raises(ValueError, match="begun with train_sha256"):
-        train.main(flags(small_data(tmp_path_factory.mktemp("other"), change), begun))
+def test_other_data_are_refused(begun, finished, tmp_path_factory, change):
+    other = small_data(tmp_path_factory.mktemp("other"), change)
+    for out in (begun, finished):
+        with pytest.raises(ValueError, match="begun with train_sha256"):
+            train.main(flags(other, out))
 
 
 def test_other_weights_are_refused(data, begun, monkeypatch):
@@ -303,6 +305,41 @@ def test_a_record_of_another_shape_is_refused_in_a_sentence(data, finished, tmp_
         (tmp_path / "1111" / "results.json").write_text(json.dumps(wrong))
         with pytest.raises(ValueError, match=f"results.json: {words}"):
             train.main(flags(data, tmp_path))
+
+
+def own_data(folder: Path, task) -> list[str]:
+    """The demo's rows under a task of one's own, and the flags that train on them."""
+    def own(rows):
+        for row in rows:
+            row["label"] = row["label"] if task.labels else round(len(row["features"]["text"]) % 20 / 10 - 1, 1)
+        return rows
+
+    for file in small_data(folder, own).glob("demo_*.pkl"):
+        file.rename(folder / file.name.replace("demo", task.name))
+    return ["--data", task.name, "--llm", str(ROOT / "demo" / "llm"), *flags(folder, folder / "out", "--epochs", "1")]
+
+
+@pytest.mark.parametrize("entry, metric", [
+    (dict(labels=("joy", "anger", "sadness", "calm"), language="zh"), "weighted_f1"),
+    (dict(range=(-1.0, 1.0)), "acc3")])
+def test_one_entry_makes_a_task(tmp_path, monkeypatch, entry, metric):
+    monkeypatch.setitem(TASKS, "own", Task("own", **entry))
+    train.main(own_data(tmp_path, TASKS["own"]))
+    assert f"test_{metric}" in json.loads((tmp_path / "out" / "1111" / "results.json").read_text())
+
+
+@pytest.mark.parametrize("entry, words", [
+    (dict(labels=("joy", "anger"), language="fr"), "data.py has no words for 'fr'"),
+    (dict(range=(3,)), "expected one of"),
+    (dict(range=(-1.0, 1.0), labels=("joy",)), "expected one of"), (dict(), "expected one of the two in TASKS")])
+def test_a_task_that_could_not_end_is_refused_before_it_begins(tmp_path, monkeypatch, capsys, entry, words):
+    monkeypatch.setitem(TASKS, "own", Task("own", **entry))
+    assert metrics_of(TASKS["own"])                 # importing eval.py asks it of every entry
+    with pytest.raises(ValueError, match=f"task own: .*{words}"):
+        train.main(["--data", "own", "--llm", str(ROOT / "demo" / "llm"), *flags(tmp_path, tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+    if "fr" not in words:
+        assert main(["own", "--data-dir", str(tmp_path)]) == 2 and "task own: " in capsys.readouterr().err
 
 
 def test_a_second_run_in_the_folder_is_refused(data, finished):
@@ -402,7 +439,7 @@ def test_curves_are_well_formed_and_their_titles_fit():
 @pytest.mark.parametrize("argv, words", [
     (["--data", "nope"], "invalid choice: 'nope'"), (["--batch-sise", "3"], "unrecognized"),
     (["--epochs", "0"], "0 is not above 0"), (["--data-dir", "/nowhere"], "/nowhere"),
-    (["--llm", "/nowhere"], "hf download"),
+    (["--llm", "/nowhere"], "hf download"), (["--device", "meta"], "pass --device cpu"),
     (["--data", "meld", "--data-dir", "/nowhere", "--llm", str(ROOT / "demo" / "llm")],
      "hf download AZYoung/MELD_processed"),
 ])
