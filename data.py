@@ -468,7 +468,7 @@ def load_tokenizer(path: str | Path) -> SentencePiece | ByteBPE:
         except DataError as error:
             raise DataError(f"{file}: {error}") from None
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            raise DataError(f"{file}: cut short or of another kind, {error!r:.99}: download it again") from None
+            raise DataError(f"{file}: cut short or another kind, {error!r:.99}: download it again") from None
     raise DataError(f"no tokenizer in {path}: copy {' or '.join(READERS)} there from the original checkpoint")
 
 # --- Files: below a folder, else in the hub's cache, which is where downloads go ----------------------------
