@@ -25,7 +25,7 @@ def read_settings(file: Path, allowed: dict) -> dict:
     found, allowed = read_json(file, RECORDED), {**allowed, "dtype": DTYPES}
     for key, kind in RECORDED.items():
         value = found[key]
-        fits = isinstance(value, kind) and value in allowed.get(key, [value])
+        fits = isinstance(value, kind) and value in allowed.get(key, [value]) and len(str(value)) < 999
         if not fits or (kind is int and value < 1):
             raise ValueError(f"{file}: {key} is {value!r:.80}, which no run writes; copy the file again")
     return found

@@ -518,7 +518,8 @@ def test_a_run_that_does_not_fit_is_refused(run, monkeypatch, capsys, change, me
 
 
 @pytest.mark.parametrize("change", [
-    dict(data="x"), dict(data=["demo"]), dict(llm=3), dict(data_dir=[]), dict(official="no"), dict(decode="beam"),
+    dict(data="x"), dict(data=["demo"]), dict(llm=3), dict(llm="y" * 9999),
+    dict(data_dir=[]), dict(official="no"), dict(decode="beam"),
     dict(readout=None), dict(eval_batch="x"), dict(eval_batch=0), dict(dtype="load"), dict(dtype={}),
     dict(device=None)])
 def test_settings_that_no_run_writes_are_refused(run, monkeypatch, capsys, change):
@@ -527,7 +528,7 @@ def test_settings_that_no_run_writes_are_refused(run, monkeypatch, capsys, chang
     (key, value), = change.items()
     with pytest.raises(ValueError) as error:
         command(monkeypatch, capsys, run)
-    assert str(error.value).endswith(f"settings.json: {key} is {value!r}, which no run writes; copy the file again")
+    assert str(error.value).endswith(f"settings.json: {key} is {value!r:.80}, which no run writes; copy the file again")
 
 
 @pytest.mark.parametrize("device", ["nonsense", "meta", "cpu:x", "x" * 9999])

@@ -256,11 +256,13 @@ def test_another_setting_is_refused_by_name(data, finished):
         train.main(flags(data, finished, "--learning-rate", "0.5"))
 
 
-def test_a_run_is_known_by_content_not_by_paths(data, finished, tmp_path, capsys):
+def test_a_run_is_known_by_content_not_by_paths(data, finished, begun, tmp_path, capsys):
     (tmp_path / "llm").symlink_to(ROOT / "demo" / "llm")
     (tmp_path / "data").symlink_to(data)
-    train.main(flags(tmp_path / "data", finished, "--llm", f"{tmp_path / 'llm'}/"))
-    assert "finished before" in capsys.readouterr().out
+    for out, said in ((finished, "finished before"), (begun, "continuing after epoch 1")):
+        train.main(flags(tmp_path / "data", out, "--llm", f"{tmp_path / 'llm'}/"))
+        assert said in capsys.readouterr().out
+    assert essence(begun) == essence(finished)
 
 
 def other_features(rows):
