@@ -66,7 +66,7 @@ def read_tensors(path) -> tuple[dict, dict]:
     """The tensors and the meta of a file of write_tensors. Raises ValueError if it is none."""
     try:
         with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in list(file.keys())}
+            tensors = {name: file.get_tensor(name).clone() for name in list(file.keys())}
             return tensors, dict(json.loads(file.metadata()["mse-adapter"]))
     except Exception as error:          # whatever a damaged or hostile file provokes, it was refused
         raise ValueError(f"{path}: not a saved adapter ({brief(error)}); copy it again") from None
