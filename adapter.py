@@ -10,9 +10,8 @@
 
     the LLM reads      [bos] open  P_1 .. P_P  text  close prompt  ->  label
 
-Where paper and release differ, this follows the release, which made the published numbers. Shapes: B rows,
-T length of a row behind [bos] open, S of a whole row, La / Lv frames, Da / Dv features of a frame, C the
-LLM's width, Lt text tokens, P pseudo tokens, n tokens of the longest label.
+Where paper and release differ, this follows the release. Shapes: B rows, T / S length of a row without / with
+[bos] open, La / Lv frames, Da / Dv features of one, C the LLM's width, Lt text tokens, P pseudo tokens.
 """
 from dataclasses import asdict, dataclass
 
@@ -43,7 +42,6 @@ class AdapterConfig:
         if self.modality not in ("both", "audio", "video"):
             raise ValueError(f"modality is {self.modality!r}; expected 'both', 'audio' or 'video'")
 
-# --- The method ---------------------------------------------------------------------------------------------
 class SequenceEncoder(nn.Module):
     """x = W h_last(LSTM(features)) + b: one layer, one direction, the state after the last real frame."""
 
@@ -130,9 +128,8 @@ class MultimodalLLM(nn.Module):
         self.task, self.official = task, official
         dim, vocab_size = llm.config.dim, llm.config.vocab_size
         if adapter.config.dim != dim or tokenizer.size > vocab_size:
-            raise ValueError(f"the backbone has width {dim} and {vocab_size} embeddings, but the adapter is "
-                             f"for width {adapter.config.dim}, the tokenizer has {tokenizer.size} ids; use "
-                             "those made for this backbone")
+            raise ValueError(f"the backbone has width {dim} and {vocab_size} embeddings, the adapter is for width "
+                             f"{adapter.config.dim}, the tokenizer has {tokenizer.size} ids; use matching ones")
         words = task.wording(llm.config.family, official)
         self.bos, self.eos_id, self.pad_id = special_ids(words, tokenizer)
         # Every part of a row is tokenised on its own.
@@ -157,10 +154,8 @@ class MultimodalLLM(nn.Module):
 
     def rows(self, batch, labels=None):
         """Embed what stands behind the beginning: P text close prompt (label). labels: each row's, as ids.
-
         Returns x (B, T, C), padded in front; which positions of beginning and x are real, (B, S) bool; and
-        the pseudo tokens (B, P, C).
-        """
+        the pseudo tokens (B, P, C)."""
         P, L = self.adapter.config.pseudo_tokens, self.task.text_len
         texts = [self.tokenizer.encode(text)[:L] for text in batch.text]
         if self.official:
@@ -176,8 +171,7 @@ class MultimodalLLM(nn.Module):
         mean = (x.float() * is_text[..., None]).sum(1) / n.clamp(min=1)                         # (B, C)
         features = map(self.tensor, (batch.audio, batch.audio_len, batch.video, batch.video_len))
         pseudo = self.adapter(mean, *features)                                                  # (B, P, C)
-        is_pseudo = (place >= 0) & (place < P)
-        x = x.masked_scatter(is_pseudo[..., None], pseudo.to(x.dtype))
+        x = x.masked_scatter(((place >= 0) & (place < P))[..., None], pseudo.to(x.dtype))
         return x, F.pad(place >= 0, (len(self.before), 0), value=True), pseudo
 
     def pseudo_tokens(self, batch):

@@ -162,10 +162,8 @@ def apply_rope(x, rope, interleaved: bool):
     return torch.cat((turned.type_as(x), rest), dim=-1)
 
 class KVCache:
-    """Keys and values of the positions already read, layer by layer; new ones are joined behind them.
-
-    A frozen one stores nothing new: rows go on behind it, again and again. Its one row serves all of a batch.
-    """
+    """Keys and values of the positions already read, layer by layer; new ones are joined behind them. A frozen
+    one stores nothing new: rows go on behind it, again and again. Its one row serves all of a batch."""
 
     def __init__(self, n_layer: int):
         self.layers = [None] * n_layer      # each (k, v), both (B or 1, K, S, D)
@@ -389,9 +387,7 @@ ROTARY_TABLES = ("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq")  # some check
 
 def load_llm(path, device="cpu", dtype=torch.float32) -> LLM:
     """Load a checkpoint folder (config.json, .safetensors or .bin files) onto `device` in `dtype`, frozen.
-
-    Raises ValueError that names every missing, unused or misshapen tensor with both shapes and the file.
-    """
+    Raises ValueError that names each missing, unused or misshapen tensor with both shapes and the file."""
     path = Path(path)
     with torch.device("meta"):                  # no memory yet
         llm = LLM(Config.from_dir(path))

@@ -1,1 +1,1 @@
-"""What no reader of the method needs: safe pickles, files, the hub, the check of a data set, one clip, reports."""
+"""What no reader of the method needs: safe pickles, files, the hub, a data set's check, one clip, reports."""
