@@ -162,7 +162,7 @@ def apply_rope(x, rope, interleaved: bool):
     return torch.cat((turned.type_as(x), rest), dim=-1)
 
 class KVCache:
-    """Keys and values of the positions already read, layer by layer; new ones are joined behind them. A frozen
+    """Keys and values of the positions already read, layer by layer; new ones are joined behind. A frozen
     one stores nothing new: rows go on behind it, again and again. Its one row serves all of a batch."""
 
     def __init__(self, n_layer: int):
