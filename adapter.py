@@ -128,8 +128,8 @@ class MultimodalLLM(nn.Module):
         self.task, self.official = task, official
         dim, vocab_size = llm.config.dim, llm.config.vocab_size
         if adapter.config.dim != dim or tokenizer.size > vocab_size:
-            raise ValueError(f"the backbone has width {dim} and {vocab_size} embeddings, but the adapter width "
-                             f"{adapter.config.dim} and the tokenizer {tokenizer.size} ids; use matching ones")
+            raise ValueError(f"the backbone: width {dim} and {vocab_size} embeddings, but the adapter width "
+                             f"{adapter.config.dim} and the tokenizer {tokenizer.size} ids; take others")
         words = task.wording(llm.config.family, official)
         self.bos, self.eos_id, self.pad_id = special_ids(words, tokenizer)
         # Every part of a row is tokenised on its own.
