@@ -369,12 +369,11 @@ def remove(folder: Path, *patterns: str):
             file.unlink()
 
 def digest(split: Split) -> str:
-    """Of all texts, labels and lengths, and of some frames of each row: all may be many gigabytes."""
+    """Of all texts, labels, lengths and features: some seconds for gigabytes."""
     seal = hashlib.sha256(repr([split.text, split.label, split.audio_len, split.video_len]).encode())
     for kind in FEATURES:
         for row in range(len(split)):
-            x = split.features(kind, row)
-            seal.update(x[::max(1, len(x) // 3)].tobytes())
+            seal.update(split.features(kind, row).tobytes())
     return seal.hexdigest()[:16]
 
 def compare(file: Path, settings: dict):
