@@ -315,13 +315,13 @@ def publish(run: Run):
 WRITTEN = ("results.json", "state-*", "adapter.safetensors", "log.jsonl", "curves.svg", "predictions*.csv",
            "metrics*.json", "features.json", "settings.json")
 
-def train_run(settings: Settings, seed: int, llm, tokenizer, splits: dict) -> dict:
-    """Train one seed, pick the best epoch, test once with it. Returns the record that results.json holds."""
-    folder, train = Path(settings.out, str(seed)), splits["train"]
+def train_run(settings: Settings, identity: dict, llm, tokenizer, splits: dict) -> dict:
+    """Train one seed, pick the best epoch, test once with it. Returns the record that results.json holds.
+    identity: what settings.json holds, the seed and the content of backbone and data with the settings."""
+    seed, train = identity["seed"], splits["train"]
+    folder = Path(settings.out, str(seed))
     if settings.overwrite:
         remove(folder, *WRITTEN)
-    identity = {**asdict(settings), "seed": seed, "llm_sha256": llm.fingerprint}
-    identity |= {f"{name}_sha256": digest(split) for name, split in splits.items()}
     compare(folder / "settings.json", identity)
     if (folder / "results.json").is_file():
         record = read_json(folder / "results.json", ("seed", "family", "data", "line"))
@@ -411,10 +411,13 @@ def main(argv=None):
     note = recorded(family, task.name).get("note")
     if note:
         print(f"note: {note}", flush=True)
+    content = {"llm_sha256": llm.fingerprint}
+    content |= {f"{name}_sha256": digest(split) for name, split in splits.items()}
     records = []
     for seed in settings.seeds:
+        identity = {**asdict(settings), "seed": seed, **content}
         with locked(Path(settings.out, str(seed))):
-            records.append(train_run(settings, seed, llm, tokenizer, splits))
+            records.append(train_run(settings, identity, llm, tokenizer, splits))
     summarize(records, Path(settings.out))
 
 if __name__ == "__main__":

@@ -5,8 +5,6 @@ import torch
 from adapter import MultimodalLLM
 from data import Task, special_ids
 
-# --- The backbone itself ------------------------------------------------------------------------------------
-
 PROMPTS = ("Once upon a time", "The capital of France is", "1 + 1 =", "今天天气很好，")
 
 def embed_prompt(llm, tokenizer, task: Task, text: str):
