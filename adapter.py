@@ -7,7 +7,6 @@
                        TextGuideMixer:     M  = x_a * t + x_v * t                         (B, 256)
                        MultiScaleFusion:   M~ = joined three-scale MLPs of M              (B, 256)
                        projector:          h  = W_3 M~ + b_3,  P_k = w_k h + c_k          (B, P, C)
-
     the LLM reads      [bos] open  P_1 .. P_P  text  close prompt  ->  label
 
 Where paper and release differ, this follows the release. Shapes: B rows, T / S length of a row without / with
@@ -24,6 +23,7 @@ from extras.files import brief, digest, read_tensors, write_tensors
 from extras.release import OFFICIAL_NAMES, read_official, reread  # noqa: F401
 from model import KVCache
 
+MODALITIES = ("both", "audio", "video", "text")
 @dataclass(frozen=True)
 class AdapterConfig:
     dim: int                            # C
@@ -35,12 +35,12 @@ class AdapterConfig:
     fusion_dim: int = 256               # the common space of text, audio and video
     no_mixer: bool = False              # ablation: the modalities are added without the text's product
     no_fusion: bool = False             # ablation: one linear layer in the place of three scales
-    modality: str = "both"              # or only "audio", only "video"
+    modality: str = "both"              # or only "audio", only "video"; "text": neither of them
     independent_tokens: bool = False    # a linear layer for each pseudo token, no scaled copies of one vector
 
     def __post_init__(self):
-        if self.modality not in ("both", "audio", "video"):
-            raise ValueError(f"modality is {self.modality!r}; expected 'both', 'audio' or 'video'")
+        if self.modality not in MODALITIES:
+            raise ValueError(f"modality is {self.modality!r}; expected one of {', '.join(MODALITIES)}")
 
 class SequenceEncoder(nn.Module):
     """x = W h_last(LSTM(features)) + b: one layer, one direction, the state after the last real frame."""
@@ -91,8 +91,9 @@ class MSEAdapter(nn.Module):
         super().__init__()
         self.config = config
         c, width = config, config.fusion_dim
-        self.audio = SequenceEncoder(c.audio_dim, c.audio_hidden, width) if c.modality != "video" else None
-        self.video = SequenceEncoder(c.video_dim, c.video_hidden, width) if c.modality != "audio" else None
+        hears, sees = c.modality in ("both", "audio"), c.modality in ("both", "video")
+        self.audio = SequenceEncoder(c.audio_dim, c.audio_hidden, width) if hears else None
+        self.video = SequenceEncoder(c.video_dim, c.video_hidden, width) if sees else None
         self.mixer = TextGuideMixer(c.dim, width) if not c.no_mixer else None
         self.fusion = MultiScaleFusion(c.dim, width) if not c.no_fusion else nn.Linear(width, width)
         self.project = nn.Linear(width, c.dim if not c.independent_tokens else c.dim * c.pseudo_tokens)
@@ -102,6 +103,8 @@ class MSEAdapter(nn.Module):
         """Mean text embedding (B, C), features (B, La, Da), (B, Lv, Dv), lengths (B,) -> pseudo tokens."""
         a = self.audio(audio, audio_len) if self.audio else 0                                   # (B, 256)
         v = self.video(video, video_len) if self.video else 0
+        if self.config.modality == "text":
+            a = text.new_ones(len(text), self.config.fusion_dim)        # M = t; all ones without the mixer
         m = self.mixer(text, a, v) if self.mixer else a + v
         h = self.project(self.fusion(m))                    # (B, C), or all independent tokens' P * C
         if self.spread is None:
@@ -115,9 +118,7 @@ class MultimodalLLM(nn.Module):
     official=False: rows hold real tokens only; padding in front, up to the longest of the batch, is masked.
     official=True, as the release: the text is padded in front to the task's fixed length with an ordinary
     token, to which the LLM attends and which counts in the mean of the text's embeddings.
-
     A row of MELD in LLaMA2's tokens, on average; in brackets the official one, always 145:
-
         [bos] <Multimodal>  P1 P2 P3 P4  What a day!  </Multimodal>  Please recognize ... The emotion is  4
         1 (2)       6            4         13 (65)           6                   57 (60)                  2
     """
@@ -132,8 +133,7 @@ class MultimodalLLM(nn.Module):
                              f"{adapter.config.dim} and the tokenizer {tokenizer.size} ids; take others")
         words = task.wording(llm.config.family, official)
         self.bos, self.eos_id, self.pad_id = special_ids(words, tokenizer)
-        # Every part of a row is tokenised on its own.
-        self.before = self.bos + tokenizer.encode(words.open)
+        self.before = self.bos + tokenizer.encode(words.open)   # each part of a row is tokenised on its own
         self.after = tokenizer.encode(words.close) + tokenizer.encode(words.prompt)
         self.label_text, self.reread = words.label, words.reread
         self.labels = [tokenizer.encode(text) for text in words.labels]         # every legal one, as tokens

@@ -70,13 +70,14 @@ def per_class(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, n
     f1 = 2 * hits / np.maximum(predicted + true, 1)
     return hits / np.maximum(predicted, 1), hits / np.maximum(true, 1), f1, true
 
-def accuracy_f1(pred, true) -> tuple[float, float]:
-    """The share of rows with pred = true, and the mean of the classes' F1 by their support."""
+def accuracy_f1(pred, true) -> tuple[float, float, float]:
+    """The share of rows with pred = true; the mean of the classes' F1 by support, and over true classes."""
     if len(true) == 0:
-        return nan, nan
+        return nan, nan, nan
     counts = confusion(pred, true, int(np.max(true)) + 1)       # a class above is never true: its weight is 0
     _, _, f1, support = per_class(counts)
-    return float(counts.trace() / len(true)), float(f1 @ support / len(true))
+    accuracy, weighted_f1, macro_f1 = counts.trace(), f1 @ support, f1[support > 0].mean()
+    return float(accuracy / len(true)), float(weighted_f1 / len(true)), float(macro_f1)
 
 def mae_corr_r2(pred: np.ndarray, true: np.ndarray) -> tuple[float, float, float]:
     """mean |pred - true|; Pearson's r; 1 - mean (true - pred)^2 / variance of true."""
@@ -107,9 +108,9 @@ def whole(x: np.ndarray, top: int) -> np.ndarray:
     return np.round(np.clip(x, -top, top)) + top
 
 def class_metrics(pred, true) -> dict[str, float]:
-    """Emotion classes. accuracy: share of rows with pred = true; weighted_f1: mean of F1 by support."""
-    accuracy, weighted_f1 = accuracy_f1(pred, true)
-    return dict(accuracy=accuracy, weighted_f1=weighted_f1)
+    """Emotion classes. accuracy: share of rows with pred = true; weighted_f1: the mean of the classes' F1 by
+    support; macro_f1: the plain mean over the classes that are true of any row."""
+    return dict(zip(("accuracy", "weighted_f1", "macro_f1"), accuracy_f1(pred, true)))
 
 def mosei_metrics(pred, true) -> dict[str, float]:
     """CMU-MOSEI and CMU-MOSI, intensities -3..3. F1 is weighted by support, over the two bins of its acc2.
@@ -119,10 +120,10 @@ def mosei_metrics(pred, true) -> dict[str, float]:
     mae: mean |pred - true|; corr: Pearson's r, both unclipped (but `score` clips, unless official).
     """
     both = intensities(pred, true)
-    has0_acc2, has0_f1 = accuracy_f1(*bins(both, [0], right=False))
-    non0_acc2, non0_f1 = accuracy_f1(*bins(both[:, both[1] != 0], [0]))
-    acc5, _ = accuracy_f1(*whole(both, 2))
-    acc7, _ = accuracy_f1(*whole(both, 3))
+    has0_acc2, has0_f1, _ = accuracy_f1(*bins(both, [0], right=False))
+    non0_acc2, non0_f1, _ = accuracy_f1(*bins(both[:, both[1] != 0], [0]))
+    acc5, *_ = accuracy_f1(*whole(both, 2))
+    acc7, *_ = accuracy_f1(*whole(both, 3))
     mae, corr, _ = mae_corr_r2(*both)
     return dict(has0_acc2=has0_acc2, has0_f1=has0_f1, non0_acc2=non0_acc2, non0_f1=non0_f1,
                 acc5=acc5, acc7=acc7, mae=mae, corr=corr)
@@ -137,10 +138,10 @@ def simsv2_metrics(pred, true) -> dict[str, float]:
     mae: mean |pred - true|; corr: Pearson's r; r2: 1 - mean (true - pred)^2 / variance of true.
     """
     both = np.clip(intensities(pred, true), -1, 1)
-    acc2, f1 = accuracy_f1(*bins(both, [0]))
-    weak_acc2, _ = accuracy_f1(*bins(both[:, np.abs(both[1]) <= np.float32(0.4)], [0]))
-    acc3, _ = accuracy_f1(*bins(both, [-0.1, 0.1]))
-    acc5, _ = accuracy_f1(*bins(both, SIMS_EDGES))
+    acc2, f1, _ = accuracy_f1(*bins(both, [0]))
+    weak_acc2, *_ = accuracy_f1(*bins(both[:, np.abs(both[1]) <= np.float32(0.4)], [0]))
+    acc3, *_ = accuracy_f1(*bins(both, [-0.1, 0.1]))
+    acc5, *_ = accuracy_f1(*bins(both, SIMS_EDGES))
     mae, corr, r2 = mae_corr_r2(*both)
     return dict(acc2=acc2, f1=f1, weak_acc2=weak_acc2, acc3=acc3, acc5=acc5, mae=mae, corr=corr, r2=r2)
 
@@ -466,9 +467,8 @@ def main():
         print(backbone.check_backbone(net, fresh, batch))
     elif args.ablate:
         way = args.decode or settings["decode"], args.readout or settings["readout"]
-        results = {}
-        for name, part in variants(split).items():
-            results[name] = evaluate(net, part, settings["eval_batch"], *way)
+        size, parts = settings["eval_batch"], variants(split)
+        results = {name: evaluate(net, part, size, *way) for name, part in parts.items()}
         print(ablation_table(results))
     else:
         score_split(net, split, args.run, settings, args)

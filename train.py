@@ -21,16 +21,18 @@ import time
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
-from adapter import AdapterConfig, MSEAdapter, MultimodalLLM, save_adapter
-from data import FEATURES, HERE, SPLITS, TASKS, Split, collate, epoch_rows, find_data, find_llm
+from adapter import MODALITIES, AdapterConfig, MSEAdapter, MultimodalLLM, save_adapter
+from data import FEATURES, FIELDS, HERE, SPLITS, TASKS, Split, collate, epoch_rows, find_data, find_llm
 from data import load_split, load_tokenizer, preset
 from eval import DECODE, READOUT, ablation, collapsed, evaluate, feature_range
+from extras.baseline import prompt_alone
 from extras.check import check_task
 from extras.files import read_json, write_atomic
-from extras.guards import check_device, locked, uninterrupted
+from extras.guards import check_device, compare, locked, uninterrupted
 from extras.report import curves, recorded, summarize, write_results
 from model import Config, load_llm
 
@@ -53,6 +55,11 @@ def count(text: str) -> int:
         raise argparse.ArgumentTypeError(f"{text} is not above 0")
     return int(text)
 
+def share(text: str) -> float:
+    if not 0 < float(text) <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
+    return float(text)
+
 @dataclass
 class Settings:
     """Everything that shapes a run. None: the release's value for task and family (`preset` in data.py)."""
@@ -74,8 +81,10 @@ class Settings:
     video_hidden: int | None = setting(count, None, "width of the video LSTM's state")
     no_mixer: bool = setting(bool, False, "ablation: add the modalities, without the text's product")
     no_fusion: bool = setting(bool, False, "ablation: one linear layer instead of Multi-Scale-Fusion")
-    modality: str = setting(str, "both", "ablation: what the adapter gets", ("both", "audio", "video"))
+    modality: str = setting(str, "both", "ablation: what the adapter gets", MODALITIES)
     independent_tokens: bool = setting(bool, False, "pseudo tokens of their own, no copies of one vector")
+    train_share: float = setting(share, 1.0, "train with this share of the rows, drawn by the seed")
+    prompt_alone: bool = setting(bool, False, "no training: what the frozen backbone scores without tokens")
 
     decode: str = setting(str, "greedy", "how answers are read when epochs are compared and tested", DECODE)
     readout: str = setting(str, "mean", "an intensity under --decode labels", READOUT)
@@ -86,9 +95,6 @@ class Settings:
     dtype: str = setting(str, "auto", "of the backbone", ("auto", "float32", "bfloat16", "float16"))
     overwrite: bool = setting(bool, False, "discard what the run's folder holds")
     download: bool = setting(bool, False, "fetch data set and backbone if they are not here")
-
-# What may change before a run goes on. Data and backbone may move: what they hold is compared.
-FREE = {"data_dir", "llm", "out", "seeds", "eval_batch", "recompute", "overwrite", "download"}
 
 def parse_settings(argv=None) -> Settings:
     """The command line, made from the dataclass: --batch-size 8, --official."""
@@ -137,6 +143,13 @@ def learning_rate(step: int, steps: int, warmup: float, peak: float) -> float:
 
 def make_optimizer(net: MultimodalLLM):
     return torch.optim.AdamW(net.adapter.parameters(), eps=ADAM_EPS, weight_decay=WEIGHT_DECAY)
+
+def some_rows(split: Split, part: float, seed: int) -> Split:
+    """A random `part` of the rows; a smaller one lies within a larger one of the same seed."""
+    order = np.random.RandomState(seed).permutation(len(split))
+    rows = sorted(order[:math.ceil(part * len(split))])
+    columns = {name: [getattr(split, name)[row] for row in rows] for name in FIELDS}
+    return Split(**columns)
 
 def train_step(net: MultimodalLLM, optimizer, scaler, batch, recompute: int = 0):
     """One step of AdamW on one batch; returns the mean loss of its rows, on the device."""
@@ -318,7 +331,8 @@ WRITTEN = ("results.json", "state-*", "adapter.safetensors", "log.jsonl", "curve
 def train_run(settings: Settings, identity: dict, llm, tokenizer, splits: dict) -> dict:
     """Train one seed, pick the best epoch, test once with it. Returns the record that results.json holds.
     identity: what settings.json holds, the seed and the content of backbone and data with the settings."""
-    seed, train = identity["seed"], splits["train"]
+    seed = identity["seed"]
+    train = some_rows(splits["train"], settings.train_share, seed)
     folder = Path(settings.out, str(seed))
     if settings.overwrite:
         remove(folder, *WRITTEN)
@@ -376,14 +390,6 @@ def digest(split: Split) -> str:
             seal.update(split.features(kind, row).tobytes())
     return seal.hexdigest()[:16]
 
-def compare(file: Path, settings: dict):
-    """Raises ValueError if a run was begun with other settings, weights or data."""
-    before = read_json(file) if file.is_file() else settings
-    for name, value in settings.items():
-        if name not in FREE and before.get(name) != value:
-            raise ValueError(f"{file.parent}: begun with {name} {before.get(name)!r:.60}, now {value!r:.60}; "
-                             "continue as it began, choose another --out, or discard it with --overwrite")
-
 def main(argv=None):
     settings = parse_settings(argv)
     task = TASKS[settings.data]
@@ -408,6 +414,9 @@ def main(argv=None):
     llm = load_llm(path, settings.device, getattr(torch, settings.dtype))
     if sum(p.numel() for p in llm.parameters()) < 2e6:
         torch.set_num_threads(1)            # tensors this small are done before a second thread wakes up
+    if settings.prompt_alone:
+        print(prompt_alone(llm, tokenizer, task, splits["test"], settings))
+        return
     note = recorded(family, task.name).get("note")
     if note:
         print(f"note: {note}", flush=True)

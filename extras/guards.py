@@ -30,6 +30,17 @@ def read_settings(file: Path, allowed: dict) -> dict:
             raise ValueError(f"{file}: {key} is {value!r:.80}, which no run writes; copy the file again")
     return found
 
+# What may change before a run goes on. Data and backbone may move: what they hold is compared.
+FREE = {"data_dir", "llm", "out", "seeds", "eval_batch", "recompute", "overwrite", "download"}
+
+def compare(file: Path, settings: dict):
+    """Raises ValueError if a run was begun with other settings, weights or data."""
+    before = read_json(file) if file.is_file() else settings
+    for name, value in settings.items():
+        if name not in FREE and before.get(name) != value:
+            raise ValueError(f"{file.parent}: begun with {name} {before.get(name)!r:.60}, now {value!r:.60}; "
+                             "continue as it began, choose another --out, or discard it with --overwrite")
+
 def check_device(name: str):
     """Raises ValueError if torch cannot compute on a device here."""
     try:

@@ -78,11 +78,11 @@ def test_in_range():
 # Metrics against plain loops
 
 def slow_accuracy_f1(pred, true):
-    """Accuracy and weighted F1, nan without rows; pred may be anything, true a list of hashable classes."""
+    """Accuracy, weighted and macro F1, nan without rows; pred may be anything, true a list of hashable classes."""
     n = len(true)
     if n == 0:
-        return nan, nan
-    accuracy, weighted = sum(1 for p, t in zip(pred, true) if p == t) / n, 0.0
+        return nan, nan, nan
+    accuracy, weighted, macro = sum(1 for p, t in zip(pred, true) if p == t) / n, 0.0, 0.0
     for c in set(true):
         tp = sum(1 for p, t in zip(pred, true) if p == c and t == c)
         fp = sum(1 for p, t in zip(pred, true) if p == c and t != c)
@@ -91,7 +91,8 @@ def slow_accuracy_f1(pred, true):
         recall = tp / (tp + fn)
         f1 = 2 * precision * recall / (precision + recall) if tp else 0.0
         weighted += f1 * (tp + fn) / n
-    return accuracy, weighted
+        macro += f1 / len(set(true))
+    return accuracy, weighted, macro
 
 
 def slow_moments(pred, true):
@@ -119,8 +120,8 @@ def half_even(x):
 
 def slow_mosei(pred, true):
     non0 = [(p, t) for p, t in zip(pred, true) if t != 0]
-    has0 = slow_accuracy_f1([p >= 0 for p in pred], [t >= 0 for t in true])
-    cut = slow_accuracy_f1([p > 0 for p, _ in non0], [t > 0 for _, t in non0])
+    has0 = slow_accuracy_f1([p >= 0 for p in pred], [t >= 0 for t in true])[:2]
+    cut = slow_accuracy_f1([p > 0 for p, _ in non0], [t > 0 for _, t in non0])[:2]
     acc = {n: slow_accuracy_f1(*([half_even(clip(x, n // 2)) for x in side] for side in (pred, true)))[0]
            for n in (5, 7)}
     mae, corr, _ = slow_moments(pred, true)
@@ -134,7 +135,7 @@ def slow_sims(pred, true):
     def bins(values, *edges):
         return [sum(1 for e in edges if x > e) for x in values]
     weak = [(p, t) for p, t in zip(pred, true) if -0.4 <= t <= 0.4]
-    acc2, f1 = slow_accuracy_f1(bins(pred, 0), bins(true, 0))
+    acc2, f1, _ = slow_accuracy_f1(bins(pred, 0), bins(true, 0))
     weak_acc2 = slow_accuracy_f1(bins([p for p, _ in weak], 0), bins([t for _, t in weak], 0))[0]
     acc3 = slow_accuracy_f1(bins(pred, -0.1, 0.1), bins(true, -0.1, 0.1))[0]
     acc5 = slow_accuracy_f1(bins(pred, -0.7, -0.1, 0.1, 0.7), bins(true, -0.7, -0.1, 0.1, 0.7))[0]
@@ -144,7 +145,7 @@ def slow_sims(pred, true):
 
 
 def slow_classes(pred, true):
-    return dict(zip(("accuracy", "weighted_f1"), slow_accuracy_f1(pred, true)))
+    return dict(zip(("accuracy", "weighted_f1", "macro_f1"), slow_accuracy_f1(pred, true)))
 
 
 TIES = [0.0, -0.0, 0.1, -0.1, 0.4, -0.4, 0.7, -0.7, 0.5, -0.5, 1.0, -1.0, 1.5, -1.5, 2.0, -2.0, 2.5, -2.5, 3.0, -3.0,
@@ -213,6 +214,8 @@ def test_classes_equal_scikit_learn():
         weights = dict(labels=labels, average="weighted", zero_division=0)          # -1 is not among the labels
         assert ours["accuracy"] == sk.accuracy_score(true, pred)
         assert ours["weighted_f1"] == pytest.approx(sk.f1_score(true, pred, **weights))
+        there = dict(labels=np.unique(true), average="macro", zero_division=0)
+        assert ours["macro_f1"] == pytest.approx(sk.f1_score(true, pred, **there))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")                                         # about y_pred holding other classes
             theirs = sk.precision_recall_fscore_support(true, pred, labels=labels, zero_division=0)
@@ -262,7 +265,7 @@ def undefined(scores) -> set:
 
 
 @pytest.mark.parametrize("metric, pred, true, names", [
-    (class_metrics, [], [], "accuracy weighted_f1"), (class_metrics, [-1], [0], ""),
+    (class_metrics, [], [], "accuracy weighted_f1 macro_f1"), (class_metrics, [-1], [0], ""),
     (mosei_metrics, [], [], "has0_acc2 has0_f1 non0_acc2 non0_f1 acc5 acc7 mae corr"),
     (simsv2_metrics, [], [], "acc2 f1 weak_acc2 acc3 acc5 mae corr r2"),
     (mosei_metrics, [1], [2], "corr"), (simsv2_metrics, [1], [.2], "corr r2"),
@@ -288,7 +291,8 @@ def test_answers_that_are_no_number():
         assert scores["acc7"] == 1 and scores["mae"] == inf and undefined(scores) == {"corr"}
         assert simsv2_metrics([endless, .2, -.6], [1.0, .2, -.6])["r2"] == 1
     assert mosei_metrics([1e30, 1.0, -2.0], [3.0, 1.0, -2.0])["mae"] == pytest.approx(1e30 / 3)
-    assert class_metrics([1e300, inf, 2.5, 7, 2], [0, 1, 2, 2, 2]) == {"accuracy": 1 / 5, "weighted_f1": 3 / 5 * 2 / 4}
+    assert class_metrics([1e300, inf, 2.5, 7, 2], [0, 1, 2, 2, 2]) == {
+        "accuracy": 1 / 5, "weighted_f1": 3 / 5 * 2 / 4, "macro_f1": 2 / 4 / 3}
 
 
 def test_what_cannot_be_scored_is_refused():
@@ -328,7 +332,8 @@ def test_always_neutral_on_meld():
     true = meld_test_labels()
     scores = class_metrics(np.zeros(len(true)), true)
     assert len(true) == 2610 and confusion(np.zeros(2610), true, 7)[0, 0] == 1256
-    assert {k: round(v, 4) for k, v in scores.items()} == {"accuracy": 0.4812, "weighted_f1": 0.3127}
+    assert {k: round(v, 4) for k, v in scores.items()} == {
+        "accuracy": 0.4812, "weighted_f1": 0.3127, "macro_f1": 0.0928}
 
 
 # ----------------------------------------------------------------------------------------------------------------------

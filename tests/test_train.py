@@ -6,6 +6,7 @@ import csv
 import json
 import pickle
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -185,6 +186,53 @@ def test_features_of_another_width_are_refused(net, tmp_path):
     (tmp_path / "demo_valid.pkl").write_bytes(pickle.dumps(rows, 4))
     with pytest.raises(ValueError, match="expected as many in each"):
         train.main(flags(tmp_path, tmp_path))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Baselines
+
+
+def test_a_share_of_the_rows(data):
+    split = load_split(TASKS["demo"], data, "train")
+    few, more = (train.some_rows(split, part, 1111) for part in (0.2, 0.5))
+    assert (len(few), len(more)) == (8, 20) and set(few.id) < set(more.id) < set(split.id)
+    rows = [split.id.index(name) for name in few.id]
+    assert rows == sorted(rows) and few.text == [split.text[row] for row in rows]
+    assert all(a is split.audio[row] for a, row in zip(few.audio, rows))
+    assert train.some_rows(split, 0.2, 7).id != few.id and train.some_rows(split, 1.0, 7).id == split.id
+    for wrong in ("0", "1.1", "nan"):
+        with pytest.raises(SystemExit):
+            train.parse_settings(["--train-share", wrong])
+
+
+def test_a_share_of_the_rows_is_what_trains(data, tmp_path, monkeypatch):
+    def counting_step(net, optimizer, scaler, batch, recompute, step=train.train_step):
+        seen.append(len(batch.text))
+        return step(net, optimizer, scaler, batch, recompute)
+
+    seen = []
+    monkeypatch.setattr(train, "train_step", counting_step)
+    train.main(flags(data, tmp_path, "--train-share", "0.3"))
+    assert seen == [8, 4, 8, 4]
+    with pytest.raises(ValueError, match="begun with train_share 0.3, now 0.5"):
+        train.main(flags(data, tmp_path, "--train-share", "0.5"))
+
+
+def test_the_prompt_alone(data, tmp_path, capsys):
+    """The same scores as rows that are put together by hand, without pseudo tokens; nothing is written."""
+    train.main(flags(data, tmp_path / "out", "--prompt-alone"))
+    llm, tokenizer = load_llm(ROOT / "demo" / "llm"), load_tokenizer(ROOT / "demo" / "llm")
+    words, split = TASKS["demo"].wording("llama"), load_split(TASKS["demo"], data, "test")
+    answers = []
+    for text in split.text:
+        parts = [tokenizer.encode(part) for part in (words.open, text, words.close, words.prompt)]
+        ids = llm.generate(llm.embed(torch.tensor([[1, *sum(parts, [])]])), len(tokenizer.encode("0")))
+        answers.append(tokenizer.decode(ids[0].tolist()))
+    wanted = score(answers, split.label, TASKS["demo"]).scores
+    out = capsys.readouterr().out
+    for name, value in wanted.items():
+        assert re.search(rf"{name.replace('_', ' ')} +{value:.4f} \[", out), out
+    assert not (tmp_path / "out").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
