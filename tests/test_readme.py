@@ -4,7 +4,6 @@
 """
 import json
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -25,7 +24,7 @@ import model  # noqa: E402
 import train  # noqa: E402
 from test_adapter import COUNTS  # noqa: E402
 from test_train import small_data  # noqa: E402
-from tweaks import CODE, TWEAKS, copy, edit  # noqa: E402
+from tweaks import TWEAKS, copy  # noqa: E402
 
 PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh.md")}
 OUTPUT = re.compile(r"(?<=```\n)demo: .*?(?=```)", re.DOTALL)           # the one-minute run's, in a page
@@ -137,14 +136,9 @@ def test_the_demos_backbone_is_saved_to_the_same_bytes(tmp_path, monkeypatch):
     assert (tmp_path / file).read_bytes() == (ROOT / "demo" / file).read_bytes()
 
 
-def test_every_tweak_is_on_the_page_and_applies(page, tmp_path):
-    for name, tweak in TWEAKS.items():
+def test_every_tweak_is_on_the_page(page):
+    for name in TWEAKS:
         assert name in ("none", "--official") or re.search(rf"^\| {re.escape(name)} \|", page, re.MULTILINE), name
-        for file in CODE:
-            shutil.copy(ROOT / file, tmp_path)
-        edit(tmp_path, tweak)
-        for file in CODE:
-            compile((tmp_path / file).read_text(encoding="utf-8"), file, "exec")
 
 
 def test_the_chinese_page_says_the_same():

@@ -1,10 +1,12 @@
 """Ten tweaks to try, and what each does to the demo's test accuracy: the README's table.
 
     python tests/tweaks.py                      all of them, three seeds each: some 25 minutes on one core
-    python tests/tweaks.py "GRU" "class head"   some of them
+    python tests/tweaks.py "GRU" "label head"   some of them
+    python tests/tweaks.py "GRU" --to FOLDER    no measuring: a copy of the code with this tweak, to train with
 
 A tweak is flags of train.py, or edits of a copy of the code: (file, old text, new text).
 """
+import argparse
 import csv
 import shutil
 import statistics
@@ -23,11 +25,6 @@ TWEAKS = {
     "no Multi-Scale-Fusion": ["--no-fusion"],
     "one pseudo token": ["--pseudo-tokens", "1"],
     "independent pseudo tokens": ["--independent-tokens"],
-    "pseudo tokens per modality": [             # the even outputs of `spread` are the audio's, the odd ones the video's
-        ("adapter.py", "m = self.mixer(text, a, v) if self.mixer else a + v",
-         "m = torch.stack((self.mixer(text, a, 0 * v), self.mixer(text, 0 * a, v)), dim=1)  # (B, 2, 256)"),
-        ("adapter.py", "return self.spread(h[..., None]).transpose(1, 2)",
-         "return torch.cat([self.spread(h[:, i, :, None])[..., i::2].transpose(1, 2) for i in (0, 1)], dim=1)")],
     "mean over frames": [
         ("adapter.py", "h = states.take_along_dim(lengths.clamp(min=1)[:, None, None] - 1, dim=1)[:, 0]",
          "real = torch.arange(x.size(1), device=x.device) < lengths[:, None]\n"
@@ -35,20 +32,83 @@ TWEAKS = {
     "GRU": [("adapter.py", "self.rnn = nn.LSTM(", "self.rnn = nn.GRU(")],
     "guided by the LLM's reading": [
         ("adapter.py", "mean = (x.float()", "mean = (self.llm(x, is_text).float()")],
-    "prompt first": [
-        ("adapter.py", "self.before = self.bos +", "self.before = self.bos + tokenizer.encode(words.prompt) +"),
-        ("adapter.py", "tokenizer.encode(words.close) + tokenizer.encode(words.prompt)",
-         "tokenizer.encode(words.close)")],
-    "class head": [
-        # As many classes as MELD has; the demo uses four of them.
-        ("adapter.py", "        self.project =", "        self.head = nn.Linear(c.dim, 7)\n        self.project ="),
-        ("adapter.py", "        logits = self.llm.logits(",
-         "        return F.cross_entropy(self.adapter.head(hidden[:, 0]), self.tensor(batch.label))\n"
-         "        logits = self.llm.logits("),
-        ("adapter.py", "        if self.reread:",
-         "        hidden = self.llm(x, real, self.beginning(), last=1)[:, 0]\n"
-         "        return [str(label) for label in self.adapter.head(hidden).argmax(dim=-1).tolist()]\n"
-         "        if self.reread:")],
+    "modality dropout": [
+        ("train.py", "loss = train_step(run.net, run.optimizer, run.scaler, collate(train, rows), recompute)",
+         """batch = without_some(collate(train, rows), [run.seed, epoch, run.step])
+            loss = train_step(run.net, run.optimizer, run.scaler, batch, recompute)"""),
+        ("train.py", "def train_epoch(",
+         """def without_some(batch, seed):
+    \"\"\"The batch in which a fifth of the rows, drawn anew, miss their audio, and a fifth their video.\"\"\"
+    keep = torch.from_numpy(np.random.RandomState(seed).rand(2, len(batch.text)) > 0.2)
+    return batch._replace(audio_len=batch.audio_len * keep[0], video_len=batch.video_len * keep[1])
+
+def train_epoch(""")],
+    "label head": [                 # one score for each class, or for each step of 0.1 of an intensity
+        ("adapter.py", "    def __post_init__(",
+         """    labels: int = 0                     # of the head
+
+    def __post_init__("""),
+        ("train.py", "modality=s.modality,", "modality=s.modality, labels=len(self.task.values()),"),
+        ("adapter.py", "        self.project =",
+         """        self.head = nn.Linear(c.dim, c.labels)
+        self.project ="""),
+        ("adapter.py", "    def loss(",
+         """    def scores(self, batch, recompute: int = 0):
+        \"\"\"Of every legal label, (B, labels), from the hidden state in front of the label.\"\"\"
+        x, real, _ = self.rows(batch)
+        hidden = self.llm(x, real, self.beginning(), recompute, last=1)[:, 0]                     # (B, C)
+        return self.adapter.head(hidden.float())
+
+    def loss("""),
+        ("adapter.py", "        n = max(map(len, labels))",
+         """        right = self.tensor([self.labels.index(label) for label in labels])
+        return F.cross_entropy(self.scores(batch, recompute), right)
+        n = max(map(len, labels))"""),
+        ("adapter.py", "        x, real, _ = self.rows(batch)\n        if self.reread:",
+         """        best = self.scores(batch).argmax(dim=-1).tolist()
+        return [self.tokenizer.decode(self.labels[label]) for label in best]
+        if self.reread:"""),
+        ("eval.py", "    x, real, _ = net.rows(batch)\n    cache =",
+         """    return net.scores(batch).log_softmax(dim=-1)
+    cache =""")],
+    "LoRA beside the adapter": [    # of rank 8, on queries, keys and values of every block; blocks cannot recompute
+        "--recompute", "0",
+        ("model.py", "        self.config, self.layer = config, layer",
+         """        self.config, self.layer = config, layer
+        self.lora = None                        # the adapter's, while its rows are read"""),
+        ("model.py", "qkv = at_real(self.qkv, x, places.real).unflatten(2, (-1, c.head_dim))",
+         """qkv = at_real(self.qkv, x, places.real)
+        if self.lora is not None:
+            qkv = qkv + at_real(self.lora, x, places.real)
+        qkv = qkv.unflatten(2, (-1, c.head_dim))"""),
+        ("adapter.py", "class MSEAdapter(",
+         """class LoRA(nn.Module):
+    \"\"\"B A x, which is added to W x; B begins with zeros, so that the LLM begins as it was.\"\"\"
+
+    def __init__(self, dim: int, out: int, rank: int = 8):
+        super().__init__()
+        self.a, self.b = nn.Linear(dim, rank, bias=False), nn.Linear(rank, out, bias=False)
+        nn.init.zeros_(self.b.weight)
+
+    def forward(self, x):
+        return self.b(self.a(x.float())).type_as(x)
+
+class MSEAdapter("""),
+        ("adapter.py", "    def __post_init__(",
+         """    layers: int = 0                     # of the LLM
+    qkv_width: int = 0
+
+    def __post_init__("""),
+        ("adapter.py", "        self.project =",
+         """        self.lora = nn.ModuleList(LoRA(c.dim, c.qkv_width) for _ in range(c.layers))
+        self.project ="""),
+        ("train.py", "modality=s.modality,",
+         """modality=s.modality,
+            layers=llm.config.n_layer, qkv_width=llm.blocks[0].attn.qkv.out_features,"""),
+        ("adapter.py", "        P, L = ",
+         """        for block, lora in zip(self.llm.blocks, self.adapter.lora):
+            block.attn.lora = lora              # now a part of the LLM trains: beginning() reads it anew
+        P, L = """)],
 }
 
 
@@ -80,8 +140,21 @@ def measure(tweak: list) -> list[float]:
             return [float(row["test_accuracy"]) for row in csv.DictReader(table)]
 
 
-if __name__ == "__main__":
-    for name in sys.argv[1:] or TWEAKS:
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", default=list(TWEAKS), metavar="TWEAK", help=", ".join(TWEAKS))
+    parser.add_argument("--to", type=Path, help="a new folder for a copy of the code with the first one")
+    args = parser.parse_args()
+    if args.to:
+        args.to.mkdir(parents=True)
+        copy(args.to)
+        edit(args.to, TWEAKS[args.names[0]])
+        return
+    for name in args.names:
         scores = measure(TWEAKS[name])
         print(f"{name:30} {statistics.mean(scores):.3f} +- {statistics.stdev(scores):.3f}   "
               f"{' '.join(f'{score:.3f}' for score in scores)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
