@@ -19,10 +19,12 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import eval  # noqa: E402
 import train  # noqa: E402
 from adapter import AdapterConfig, MSEAdapter, MultimodalLLM  # noqa: E402
 from data import TASKS, Split, Task, collate, load_split, load_tokenizer, main, read_pickle  # noqa: E402
@@ -186,6 +188,21 @@ def test_features_of_another_width_are_refused(net, tmp_path):
     (tmp_path / "demo_valid.pkl").write_bytes(pickle.dumps(rows, 4))
     with pytest.raises(ValueError, match="expected as many in each"):
         train.main(flags(tmp_path, tmp_path))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_backbone_in_16_bits(data, tmp_path, monkeypatch, capsys, dtype):
+    """It trains to finite numbers, and what was saved scores the same line again."""
+    train.main(flags(data, tmp_path, "--dtype", dtype))
+    run = tmp_path / "1111"
+    losses = [json.loads(line)["loss"] for line in (run / "log.jsonl").open()]
+    assert 0 < losses[1] < losses[0] < 3
+    assert all(x.dtype == torch.float32 and x.isfinite().all() for x in load_file(run / "adapter.safetensors").values())
+    monkeypatch.setattr("sys.argv", ["eval.py", str(run)])
+    capsys.readouterr()
+    eval.main()
+    line = json.loads((run / "results.json").read_text())["line"]
+    assert re.match(rf"test \(best epoch \d\): {re.escape(line)}\n", capsys.readouterr().out)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
