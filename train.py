@@ -366,8 +366,9 @@ def test(run: Run, split: Split) -> dict:
     warning = collapsed(result)
     if warning:
         print(warning)
-    for line in ablation(run.best, split, s.eval_batch, s.decode, s.readout):
-        print(line, flush=True)
+    if s.modality == "both":
+        for line in ablation(run.best, split, s.eval_batch, s.decode, s.readout):
+            print(line, flush=True)
     backbone, family = Path(s.llm or run.task.llm).name, run.net.llm.config.family
     peak = torch.cuda.max_memory_allocated(s.device) if s.device.startswith("cuda") else 0
     return {"seed": run.seed, "backbone": backbone, "family": family,
