@@ -1,0 +1,187 @@
+"""From your own clips to the files that data.py and eval.py read. Nothing else needs this script.
+
+    pip install opensmile av torchvision        # torchvision: only for clips with pictures
+    python demo/features.py mine.csv            # -> mine_{train,valid,test}.pkl, mine_scale.json
+    python demo/features.py mine.csv new.mp4    # a new clip on mine's scale -> new.audio.npy, new.video.npy
+
+The csv is named like its task in TASKS (data.py). Its columns: split (train, valid, test), label (a class or
+an intensity), text, and file: a clip that FFmpeg reads, relative to the csv. Each clip has sound; one without
+pictures counts as one without video. Pickles lie beside the csv, arrays beside the clip.
+
+audio   (La, 25), 20 frames a second: openSMILE's eGeMAPSv02 low-level descriptors, one each 10 ms, averaged
+        over 50 ms. In order: loudness, alpha ratio, Hammarberg index, slopes 0-500 and 500-1500 Hz, spectral
+        flux, MFCC 1-4, F0 (semitones above 27.5 Hz), jitter, shimmer, HNR, H1-H2, H1-A3, and frequency,
+        bandwidth and amplitude of the formants 1, 2, 3. From F0 on, 0 is no voice (amplitudes: -201).
+        openSMILE's licence forbids use in products.
+video   (Lv, 512), 4 frames a second: the whole picture through torchvision's ResNet-18, trained on ImageNet,
+        without its last layer. It knows what is to be seen, but was not made for faces.
+
+From each feature its mean over the training split's frames is taken away, and it is divided by its standard
+deviation there, or by 1 if it never changes. NAME_scale.json keeps both: new clips need the same numbers.
+"""
+import argparse
+import csv
+import importlib
+import json
+import pickle
+import sys
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+COLUMNS = ("split", "label", "text", "file")
+SPLITS = ("train", "valid", "test")
+SOUND_RATE = 16_000             # samples a second, mono
+SHORTEST = 0.06                 # seconds of sound that openSMILE can analyse
+AVERAGED = 5                    # frames of 10 ms: 100 a second would be slow through an LSTM
+PICTURE_RATE = 4                # a second; the other pictures are left out
+PICTURE_DIM = 512
+
+# --- One clip -----------------------------------------------------------------------------------------------
+def library(name: str):
+    try:
+        return importlib.import_module(name)
+    except (ImportError, OSError, RuntimeError) as error:       # not there, or built for another torch
+        raise ValueError(f"{error}: pip install opensmile av torchvision, as torch was installed") from None
+
+@cache
+def picture_encoder():
+    """The network, whose weights are downloaded at first use, and what makes its input of a picture."""
+    models = library("torchvision").models
+    weights = models.ResNet18_Weights.IMAGENET1K_V1
+    net = models.resnet18(weights=weights)
+    net.fc = torch.nn.Identity()                                # instead of 1000 classes
+    return net.eval(), weights.transforms()
+
+@torch.inference_mode()
+def picture_features(frame) -> np.ndarray:
+    """(512,)"""
+    net, prepare = picture_encoder()
+    picture = torch.from_numpy(frame.to_ndarray(format="rgb24")).permute(2, 0, 1)
+    return net(prepare(picture)[None])[0].numpy()
+
+def sound_features(samples: np.ndarray) -> np.ndarray:
+    """(La, 25)"""
+    smile = library("opensmile")
+    encoder = smile.Smile(smile.FeatureSet.eGeMAPSv02, smile.FeatureLevel.LowLevelDescriptors)
+    x = encoder.process_signal(samples, SOUND_RATE).to_numpy()
+    return np.stack([x[i:i + AVERAGED].mean(axis=0) for i in range(0, len(x), AVERAGED)])
+
+def clip_features(path: Path) -> dict:
+    """{"audio": (La, 25), "video": (Lv, 512)}, Lv 0 without pictures. Raises ValueError for an unfit file."""
+    av = library("av")
+    resampler = av.AudioResampler(format="flt", layout="mono", rate=SOUND_RATE)
+    sound, video = [], []
+    try:
+        with av.open(str(path), metadata_errors="replace") as file:
+            start = (file.start_time or 0) / av.time_base
+            streams = [*file.streams.audio[:1], *file.streams.video[:1]]
+            for frame in file.decode(streams):
+                if isinstance(frame, av.AudioFrame):
+                    sound += resampler.resample(frame)
+                elif (frame.time - start) * PICTURE_RATE >= len(video):
+                    video.append(picture_features(frame))
+    except av.FFmpegError as error:
+        raise ValueError(f"{path}: FFmpeg cannot read it ({error.strerror})") from None
+    sound += resampler.resample(None)                           # what it held back
+    seconds = sum(piece.samples for piece in sound) / SOUND_RATE
+    if seconds < SHORTEST:
+        raise ValueError(f"{path}: {seconds:.2f} s of sound; expected at least {SHORTEST} s")
+    audio = sound_features(np.concatenate([piece.to_ndarray()[0] for piece in sound]))
+    return {"audio": audio, "video": np.reshape(video, (-1, PICTURE_DIM)).astype(np.float32)}
+
+# --- The scale: {"audio": (25 means, 25 standard deviations), "video": ... if training has any} -------------
+def measure(clips: list) -> dict:
+    scale = {}
+    for kind in clips[0]:
+        x = np.concatenate([clip[kind] for clip in clips]).astype(np.float64)
+        if len(x) > 0:
+            mean, std = x.mean(axis=0), x.std(axis=0)
+            std[std <= 1e-6 * np.abs(mean)] = 1                 # it never changes, but for rounding
+            scale[kind] = mean.tolist(), std.tolist()
+    return scale
+
+def scaled(clip: dict, scale: dict) -> dict:
+    """The clip's features on this scale; no frames of a kind that training has none of."""
+    x = {kind: frames[:0] for kind, frames in clip.items()}
+    for kind, (mean, std) in scale.items():
+        x[kind] = ((clip[kind] - mean) / std).astype(np.float32)
+    return x
+
+# --- A data set, and a new clip for it ----------------------------------------------------------------------
+def read_rows(path: Path) -> list:
+    """The csv's rows, {column: text}. Raises ValueError; it counts rows as a spreadsheet does."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            delimiter = max(",;\t", key=file.readline().count)  # Excel's is ";" in much of Europe
+            file.seek(0)
+            reader = csv.DictReader(file, delimiter=delimiter, restval="")
+            rows = list(reader)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path}: not a csv in UTF-8 ({error}); a new clip comes after its csv") from None
+    if not set(COLUMNS).issubset(reader.fieldnames or []):
+        raise ValueError(f"{path}: columns {reader.fieldnames}; expected {', '.join(COLUMNS)}")
+    found = sorted({row["split"] for row in rows})
+    if found != sorted(SPLITS):
+        raise ValueError(f"{path}: its splits are {found}; expected rows of each of {', '.join(SPLITS)}")
+    for n, row in enumerate(rows, start=2):
+        clip = path.parent / row["file"]
+        if None in row or not clip.is_file():                   # None: what has no column
+            raise ValueError(f"{path}, row {n}: no such file, {clip}, or a text with {delimiter!r}, unquoted")
+    return rows
+
+def number(label: str) -> str | float:
+    """An intensity as a number, a class as it is."""
+    try:
+        return float(label)
+    except ValueError:
+        return label
+
+def write_dataset(path: Path, scale_file: Path):
+    rows = read_rows(path)
+    with tqdm(rows, unit="clip") as bar:
+        clips = [clip_features(path.parent / row["file"]) for row in bar]
+    scale = measure([clip for row, clip in zip(rows, clips) if row["split"] == "train"])
+    scale_file.write_text(json.dumps(scale))
+    entries = {split: [] for split in SPLITS}
+    for row, clip in zip(rows, clips):
+        x = scaled(clip, scale)
+        features = {"text": row["text"], **x, "audio_len": len(x["audio"]), "video_len": len(x["video"])}
+        entry = {"id": row["file"], "label": number(row["label"]), "features": features}
+        entries[row["split"]].append(entry)
+    for split in SPLITS:
+        target = path.with_name(f"{path.stem}_{split}.pkl")
+        target.write_bytes(pickle.dumps(entries[split], protocol=4))
+        print(f"{target}: {len(entries[split])} rows")
+
+def write_clip(path: Path, scale_file: Path):
+    """Prints the arrays' files as eval.py's flags."""
+    scale = json.loads(scale_file.read_text())
+    for kind, frames in scaled(clip_features(path), scale).items():
+        if len(frames) > 0:
+            target = path.with_suffix(f".{kind}.npy")
+            np.save(target, frames)
+            print(f"--{kind} {target}")
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("csv", type=Path, help="the data set")
+    parser.add_argument("clip", type=Path, nargs="?", help="a new clip")
+    args = parser.parse_args(argv)
+    scale_file = args.csv.with_name(f"{args.csv.stem}_scale.json")
+    try:
+        if args.clip:
+            write_clip(args.clip, scale_file)
+        else:
+            write_dataset(args.csv, scale_file)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+if __name__ == "__main__":
+    sys.exit(main())
