@@ -52,7 +52,11 @@ def picture_encoder():
     """The network, whose weights are downloaded at first use, and what makes its input of a picture."""
     models = library("torchvision").models
     weights = models.ResNet18_Weights.IMAGENET1K_V1
-    net = models.resnet18(weights=weights)
+    try:
+        net = models.resnet18(weights=weights)
+    except OSError as error:
+        folder = f"{torch.hub.get_dir()}/checkpoints"
+        raise ValueError(f"{weights.url} was not downloaded ({error}); put it into {folder}") from None
     net.fc = torch.nn.Identity()                                # instead of 1000 classes
     return net.eval(), weights.transforms()
 

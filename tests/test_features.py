@@ -144,6 +144,9 @@ def test_bad_rows_and_files(tmp_path, monkeypatch, capsys):
     unquoted = table.read_text(encoding="utf-8").replace('"', "", 2)
     table.write_text(unquoted, encoding="utf-8")
     assert "row 2: no such file" in refusal(capsys, table)
+    lines = [f"{split},gut,0.wav,Na, so was" for split in data.SPLITS]
+    table.write_text("\n".join(["split,label,file,text", *lines]), encoding="utf-8")
+    assert "or a text with ',', unquoted" in refusal(capsys, table)
     table = write_csv(tmp_path)
     (tmp_path / "2.mp4").unlink()
     assert f"row 4: no such file, {tmp_path / '2.mp4'}" in refusal(capsys, table)
