@@ -3,7 +3,9 @@
     python tests/test_readme.py         run the demo and paste its output into both pages
 """
 import json
+import pickle
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -11,6 +13,7 @@ from collections import Counter
 from dataclasses import fields
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -51,7 +54,7 @@ def test_files_exist(page):
 
 
 def test_flags_exist(page):
-    scripts = {"train.py", "eval.py", "data.py", "model.py", "tests/bench.py"}
+    scripts = {"train.py", "eval.py", "data.py", "model.py", "tests/bench.py", "tests/tweaks.py"}
     for script, line in re.findall(r"python (\S+\.py)([^\n`|#]*)", page):
         assert set(FLAG.findall(line)) <= (flags_of(script) if script in scripts else set()), line
     assert set(FLAG.findall(page)) <= set.union(FOREIGN, *map(flags_of, scripts))
@@ -113,18 +116,33 @@ def test_the_demos_output_is_of_this_code(page, tmp_path, capsys):
 
 
 def test_own_data_as_printed(page, tmp_path, monkeypatch, capsys):
-    """The entry in TASKS, the rows, and the two commands."""
+    """The entry in TASKS, a row, and the commands from there on; tests/test_features.py makes rows of clips."""
     entry, = re.findall(r"^    (Task\(.*\)),", page, re.MULTILINE)
-    rows, = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    checks, trains = re.findall(r"^    python (?:data|train)\.py (.*mine.*?) *#", page, re.MULTILINE)
-    scope = {"Task": data.Task}
+    row, = re.findall(r'^    ({"label".*})$', page, re.MULTILINE)
+    command = re.compile(r"^    python (?:data|train)\.py ((?:--data )?mine .*?)(?: *#.*)?$", re.MULTILINE)
+    checks, trains = command.findall(page)
+    evals, = re.findall(r"^    python eval.py (runs/mine.*)$", page, re.MULTILINE)
+    task, row = eval_in(entry, Task=data.Task), eval_in(row, np=np)
+    monkeypatch.setitem(data.TASKS, "mine", task)
     monkeypatch.chdir(tmp_path)
-    exec(f"task = {entry}\n{rows}", scope)
-    monkeypatch.setitem(data.TASKS, "mine", scope["task"])
-    assert data.main(checks.split()) == 0
+    for split in data.SPLITS:
+        rows = []
+        for n, label in enumerate(task.labels * 4):
+            rows.append({"label": label, "features": row["features"] | {"text": f"Was für ein {split}, {n}!"}})
+        Path(f"mine_{split}.pkl").write_bytes(pickle.dumps(rows, 4))
+    np.save("new.audio.npy", row["features"]["audio"])
+    assert row["label"] in task.labels and data.main(checks.split()) == 0
     trains = trains.replace("demo/llm", str(ROOT / "demo" / "llm"))
     train.main([*trains.split(), "--device", "cpu", "--max-epochs", "1"])
-    assert "wrote runs/mine-llm/1111" in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", ["eval.py", *shlex.split(evals)])
+    eval.main()
+    assert re.search(r"^ *answer +(gut|schlecht) ", capsys.readouterr().out, re.MULTILINE)
+
+
+def eval_in(code: str, **names):
+    """What a line of the page says, in Python."""
+    exec(f"said = {code}", names)
+    return names["said"]
 
 
 def test_the_demos_backbone_is_saved_to_the_same_bytes(tmp_path, monkeypatch):
