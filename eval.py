@@ -71,7 +71,7 @@ def per_class(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, n
     return hits / np.maximum(predicted, 1), hits / np.maximum(true, 1), f1, true
 
 def accuracy_f1(pred, true) -> tuple[float, float, float]:
-    """The share of rows with pred = true; the mean of the classes' F1 by support, and over true classes."""
+    """The share of rows with pred = true; the classes' mean F1 by support; their plain mean, of true ones."""
     if len(true) == 0:
         return nan, nan, nan
     counts = confusion(pred, true, int(np.max(true)) + 1)       # a class above is never true: its weight is 0
@@ -334,7 +334,8 @@ def side_by_side(results: dict[str, Result]) -> str:
             low, high = r.intervals[name]
             line.append(f"{r.scores[name]:.4f} [{low:.4f}, {high:.4f}]")
         lines.append(line)
-    lines.append(["unparsed", *(f"{r.unparsed}/{len(r.true)}" for r in results.values())])
+    for name in ("unparsed", "out_of_range"):
+        lines.append([name.replace("_", " "), *(f"{getattr(r, name)}/{len(r.true)}" for r in results.values())])
     return aligned(lines)
 
 # --- What the modalities are worth --------------------------------------------------------------------------
@@ -440,8 +441,7 @@ def parse_args():
 
 def main():
     args = parse_args()
-    allowed = {"data": TASKS, "decode": DECODE, "readout": READOUT}
-    settings = read_settings(args.run / "settings.json", allowed)
+    settings = read_settings(args.run / "settings.json", {"data": TASKS, "decode": DECODE, "readout": READOUT})
     task, device = TASKS[settings["data"]], args.device or settings["device"]
     check_device(device)
     path, dtype = find_llm(args.llm or settings["llm"] or task.llm), getattr(torch, settings["dtype"])

@@ -33,7 +33,7 @@ from extras.baseline import prompt_alone
 from extras.check import check_task
 from extras.files import read_json, write_atomic
 from extras.guards import check_device, compare, locked, uninterrupted
-from extras.report import curves, recorded, summarize, write_results
+from extras.report import METHOD, curves, recorded, summarize, write_results
 from model import Config, load_llm
 
 # The release's, for every task and family.
@@ -84,7 +84,7 @@ class Settings:
     modality: str = setting(str, "both", "ablation: what the adapter gets", MODALITIES)
     independent_tokens: bool = setting(bool, False, "pseudo tokens of their own, no copies of one vector")
     train_share: float = setting(share, 1.0, "train with this share of the rows, drawn by the seed")
-    prompt_alone: bool = setting(bool, False, "no training: what the frozen backbone scores without tokens")
+    prompt_alone: bool = setting(bool, False, "no training, no tokens: print what the frozen backbone scores")
 
     decode: str = setting(str, "greedy", "how answers are read when epochs are compared and tested", DECODE)
     readout: str = setting(str, "mean", "an intensity under --decode labels", READOUT)
@@ -147,7 +147,7 @@ def make_optimizer(net: MultimodalLLM):
 def some_rows(split: Split, part: float, seed: int) -> Split:
     """A random `part` of the rows; a smaller one lies within a larger one of the same seed."""
     order = np.random.RandomState(seed).permutation(len(split))
-    rows = sorted(order[:math.ceil(part * len(split))])
+    rows = sorted(order[:max(1, round(part * len(split)))])
     columns = {name: [getattr(split, name)[row] for row in rows] for name in FIELDS}
     return Split(**columns)
 
@@ -366,13 +366,14 @@ def test(run: Run, split: Split) -> dict:
     warning = collapsed(result)
     if warning:
         print(warning)
-    if s.modality == "both":
+    if s.modality != "text":
         for line in ablation(run.best, split, s.eval_batch, s.decode, s.readout):
             print(line, flush=True)
     backbone, family = Path(s.llm or run.task.llm).name, run.net.llm.config.family
     peak = torch.cuda.max_memory_allocated(s.device) if s.device.startswith("cuda") else 0
     return {"seed": run.seed, "backbone": backbone, "family": family,
             "data": s.data, "official": s.official, "device": s.device, "dtype": s.dtype,
+            **{name: getattr(s, name) for name in METHOD},
             **{f"test_{name}": value for name, value in result.scores.items()},
             "test_rows": len(split), "test_unparsed": result.unparsed, "line": result.line(),
             "best_epoch": run.best_epoch(), "epochs": len(run.log), "seconds": run.log[-1]["seconds"],

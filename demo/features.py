@@ -11,10 +11,11 @@ pictures counts as one without video. Pickles lie beside the csv, arrays beside 
 audio   (La, 25), 20 frames a second: openSMILE's eGeMAPSv02 low-level descriptors, one each 10 ms, averaged
         over 50 ms. In order: loudness, alpha ratio, Hammarberg index, slopes 0-500 and 500-1500 Hz, spectral
         flux, MFCC 1-4, F0 (semitones above 27.5 Hz), jitter, shimmer, HNR, H1-H2, H1-A3, and frequency,
-        bandwidth and amplitude of the formants 1, 2, 3. From F0 on, 0 is no voice (amplitudes: -201).
-        openSMILE's licence forbids use in products.
-video   (Lv, 512), 4 frames a second: the whole picture through torchvision's ResNet-18, trained on ImageNet,
-        without its last layer. It knows what is to be seen, but was not made for faces.
+        bandwidth and amplitude of the formants 1, 2, 3. From F0 on, 0 is no voice (amplitudes: -201), and
+        the frame at a voice's edge lies in between. openSMILE's licence forbids use in products.
+video   (Lv, 512), 4 frames a second: the picture's middle, a square, through torchvision's ResNet-18, trained
+        on ImageNet, without its last layer. It knows what is to be seen, but was not made for faces, and sees
+        pictures as they are stored: turn a telephone's upright.
 
 From each feature its mean over the training split's frames is taken away, and it is divided by its standard
 deviation there, or by 1 if it never changes. NAME_scale.json keeps both: new clips need the same numbers.
@@ -23,6 +24,7 @@ import argparse
 import csv
 import importlib
 import json
+import math
 import pickle
 import sys
 from functools import cache
@@ -45,7 +47,7 @@ def library(name: str):
     try:
         return importlib.import_module(name)
     except (ImportError, OSError, RuntimeError) as error:       # not there, or built for another torch
-        raise ValueError(f"{error}: pip install opensmile av torchvision, as torch was installed") from None
+        raise ValueError(f"{error}: pip install opensmile av torchvision, from the index that torch is from") from None
 
 @cache
 def picture_encoder():
@@ -78,7 +80,7 @@ def clip_features(path: Path) -> dict:
     """{"audio": (La, 25), "video": (Lv, 512)}, Lv 0 without pictures. Raises ValueError for an unfit file."""
     av = library("av")
     resampler = av.AudioResampler(format="flt", layout="mono", rate=SOUND_RATE)
-    sound, video = [], []
+    sound, video, due = [], [], 0.0                             # due: seconds, of the next picture
     try:
         with av.open(str(path), metadata_errors="replace") as file:
             start = (file.start_time or 0) / av.time_base
@@ -86,8 +88,9 @@ def clip_features(path: Path) -> dict:
             for frame in file.decode(streams):
                 if isinstance(frame, av.AudioFrame):
                     sound += resampler.resample(frame)
-                elif (frame.time - start) * PICTURE_RATE >= len(video):
+                elif frame.time is not None and frame.time - start >= due:      # a cover has no time
                     video.append(picture_features(frame))
+                    due = (math.floor((frame.time - start) * PICTURE_RATE) + 1) / PICTURE_RATE
     except av.FFmpegError as error:
         raise ValueError(f"{path}: FFmpeg cannot read it ({error.strerror})") from None
     sound += resampler.resample(None)                           # what it held back
@@ -124,6 +127,8 @@ def read_rows(path: Path) -> list:
             file.seek(0)
             reader = csv.DictReader(file, delimiter=delimiter, restval="")
             rows = list(reader)
+            while rows and not any(rows[-1].values()):          # as a spreadsheet may end
+                rows.pop()
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path}: not a csv in UTF-8 ({error}); a new clip comes after its csv") from None
     if not set(COLUMNS).issubset(reader.fieldnames or []):
@@ -140,7 +145,7 @@ def read_rows(path: Path) -> list:
 def number(label: str) -> str | float:
     """An intensity as a number, a class as it is."""
     try:
-        return float(label)
+        return float(label.replace(",", "."))
     except ValueError:
         return label
 

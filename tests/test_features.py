@@ -115,6 +115,7 @@ def test_pictures_that_training_has_none_of_are_left_out(tmp_path, capsys):
 def test_intensities_are_numbers(tmp_path):
     assert run(write_csv(tmp_path, [("train", "-0.5"), ("valid", "1"), ("test", "0")])) == 0
     task = data.Task("mine", range=(-1.0, 1.0))
+    assert features.number("0,3") == 0.3 and features.number("gut") == "gut"
     assert [data.load_split(task, tmp_path, split).label for split in data.SPLITS] == [[-0.5], [1.0], [0.0]]
 
 
@@ -122,7 +123,7 @@ def test_csv_of_a_spreadsheet(tmp_path):
     table = write_csv(tmp_path, encoding="utf-8-sig")   # with a mark of the encoding in front, and ";"
     lines = table.read_text(encoding="utf-8-sig").splitlines()
     lines = [line.replace(",", ";").replace("Na;", "Na,") for line in lines]
-    table.write_text("\r\n".join(lines), encoding="utf-8-sig")
+    table.write_text("\r\n".join([*lines, ";;;", ";;;"]), encoding="utf-8-sig")
     assert run(table) == 0
     assert data.load_split(MINE, tmp_path, "test").text[3] == "Na, das ist ja schön 11"
 

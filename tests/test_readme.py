@@ -84,6 +84,7 @@ def test_published_figures(page):
     tasks = ["mosei", "mosi", "simsv2", "meld", "cherma"]
     recorded = json.loads((ROOT / "docs" / "release.json").read_text(encoding="utf-8"))
     rows = re.findall(r"^\| (\S+) \|(.*±.*)\|$", page[:page.index("adapter.py, `SequenceEncoder")], re.MULTILINE)
+    rows = [(name, row) for name, row in rows if name in backbones]
     assert [name for name, _ in rows] == list(backbones)
     for name, row in rows:
         for task, cell in zip(tasks, row.split("|"), strict=True):

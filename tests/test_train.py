@@ -482,10 +482,12 @@ def test_the_table_of_seeds(tmp_path, capsys):
             (seed, accuracy) for seed, accuracy, _, _ in rows]
 
 
-def test_the_releases_figures_stand_beside_the_published_data_alone(tmp_path, capsys):
+def test_the_releases_figures_stand_beside_the_same_data_and_method_alone(tmp_path, capsys):
     record = {"seed": 1111, "family": "chatglm", "data": "simsv2", "test_acc2": .8, "test_rows": 1034, "line": ""}
-    for rows, shown in ((1034, True), (40, False)):
-        train.summarize([{**record, "test_rows": rows}] * 2, tmp_path)
+    changes = [({}, True), ({"test_rows": 40}, False), ({"train_share": 1.0, "no_mixer": False}, True),
+               ({"train_share": 0.2}, False), ({"no_mixer": True}, False), ({"modality": "text"}, False)]
+    for change, shown in changes:
+        train.summarize([record | change] * 2, tmp_path)
         out = capsys.readouterr().out
         assert ("acc2: the release recorded 0.7944 +- 0.0251" in out) == shown
         assert ("note: with the shipped prompt" in out) == shown

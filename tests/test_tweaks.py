@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
+import tweaks  # noqa: E402
 from test_train import flags, small_data  # noqa: E402
 from tweaks import CODE, TWEAKS, copy, edit  # noqa: E402
 
@@ -71,3 +72,30 @@ def test_tweak(tweaked, data, plain_loss, tmp_path):
     if name == "label head":            # elsewhere the label's first token, a space, counts in the loss
         right = torch.tensor(labels.probabilities)[range(12), split.label]
         assert loss.item() == pytest.approx(-right.log().mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("tweaked", ["label head"], indirect=True)
+@pytest.mark.parametrize("official", [False, True])
+def test_the_label_head_takes_an_intensity_for_the_nearest_label(tweaked, data, official):
+    code = tweaked[1]
+    task = code["data"].Task("own", range=(-1.0, 1.0))
+    llm, tokenizer = code["model"].load_llm(ROOT / "demo" / "llm"), code["data"].load_tokenizer(ROOT / "demo" / "llm")
+    adapter = code["adapter"].MSEAdapter(code["adapter"].AdapterConfig(128, 6, 8, 4, 4, 2, labels=21))
+    net = code["adapter"].MultimodalLLM(llm, adapter, tokenizer, task, official)
+    batch = code["data"].collate(code["data"].load_split(code["data"].TASKS["demo"], data, "test"), [0, 1, 2])
+    batch = batch._replace(label=[-0.0333, 0.96, -1.0])
+    scores = code["eval"].label_logprobs(net, batch)
+    assert net.loss(batch).item() == pytest.approx(-scores[[0, 1, 2], [10, 20, 0]].mean().item(), rel=1e-5)
+    assert [float(text) for text in net.answer(batch)] == [task.values()[k] for k in scores.argmax(dim=1)]
+
+
+def test_a_copy_to_train_with(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["tweaks.py", "LoRA beside the adapter", "--to", str(tmp_path / "lora")])
+    tweaks.main()
+    assert capsys.readouterr().out == f"cd {tmp_path / 'lora'} && python train.py --recompute 0\n"
+    assert "class LoRA" in (tmp_path / "lora" / "adapter.py").read_text() and (tmp_path / "lora" / "demo").is_dir()
+    for words in (["GRU", "--to", str(tmp_path / "lora")], ["--to", str(tmp_path / "new")], ["gru"]):
+        monkeypatch.setattr("sys.argv", ["tweaks.py", *words])
+        with pytest.raises(SystemExit):
+            tweaks.main()
+    assert not (tmp_path / "new").exists()

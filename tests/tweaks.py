@@ -61,7 +61,8 @@ def train_epoch(""")],
 
     def loss("""),
         ("adapter.py", "        n = max(map(len, labels))",
-         """        right = self.tensor([self.labels.index(label) for label in labels])
+         """        legal = self.tensor(self.task.values())
+        right = (self.tensor(batch.label)[:, None] - legal).abs().argmin(dim=1)
         return F.cross_entropy(self.scores(batch, recompute), right)
         n = max(map(len, labels))"""),
         ("adapter.py", "        x, real, _ = self.rows(batch)\n        if self.reread:",
@@ -142,15 +143,22 @@ def measure(tweak: list) -> list[float]:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", default=list(TWEAKS), metavar="TWEAK", help=", ".join(TWEAKS))
-    parser.add_argument("--to", type=Path, help="a new folder for a copy of the code with the first one")
+    parser.add_argument("names", nargs="*", metavar="TWEAK", help=", ".join(TWEAKS))
+    parser.add_argument("--to", type=Path, help="a new folder for a copy of the code with one of them")
     args = parser.parse_args()
+    names = args.names or list(TWEAKS)
+    for name in names:
+        if name not in TWEAKS:
+            parser.error(f"no tweak is named {name!r}; expected some of: {', '.join(TWEAKS)}")
     if args.to:
+        if len(names) != 1 or args.to.exists():
+            parser.error("--to wants the name of one tweak, and a folder that is not there yet")
         args.to.mkdir(parents=True)
         copy(args.to)
-        edit(args.to, TWEAKS[args.names[0]])
+        edit(args.to, TWEAKS[names[0]])
+        print("cd", args.to, "&& python train.py", *(part for part in TWEAKS[names[0]] if isinstance(part, str)))
         return
-    for name in args.names:
+    for name in names:
         scores = measure(TWEAKS[name])
         print(f"{name:30} {statistics.mean(scores):.3f} +- {statistics.stdev(scores):.3f}   "
               f"{' '.join(f'{score:.3f}' for score in scores)}", flush=True)
