@@ -231,6 +231,7 @@ def test_a_share_of_the_rows_is_what_trains(data, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "train_step", counting_step)
     train.main(flags(data, tmp_path, "--train-share", "0.3"))
     assert seen == [8, 4, 8, 4]
+    assert json.loads((tmp_path / "1111" / "results.json").read_text())["train_share"] == 0.3
     with pytest.raises(ValueError, match="begun with train_share 0.3, now 0.5"):
         train.main(flags(data, tmp_path, "--train-share", "0.5"))
 
@@ -249,6 +250,7 @@ def test_the_prompt_alone(data, tmp_path, capsys):
     out = capsys.readouterr().out
     for name, value in wanted.items():
         assert re.search(rf"{name.replace('_', ' ')} +{value:.4f} \[", out), out
+    assert re.search(r"out of range +\d/12 +0/12", out)
     assert not (tmp_path / "out").exists()
 
 
