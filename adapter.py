@@ -23,7 +23,8 @@ from extras.files import brief, digest, read_tensors, write_tensors
 from extras.release import OFFICIAL_NAMES, read_official, reread  # noqa: F401
 from model import KVCache
 
-MODALITIES = ("both", "audio", "video", "text")
+MODALITIES = {"both": ("audio", "video"), "audio": ("audio",), "video": ("video",), "text": ()}
+
 @dataclass(frozen=True)
 class AdapterConfig:
     dim: int                            # C
@@ -90,10 +91,9 @@ class MSEAdapter(nn.Module):
     def __init__(self, config: AdapterConfig):
         super().__init__()
         self.config = config
-        c, width = config, config.fusion_dim
-        hears, sees = c.modality in ("both", "audio"), c.modality in ("both", "video")
-        self.audio = SequenceEncoder(c.audio_dim, c.audio_hidden, width) if hears else None
-        self.video = SequenceEncoder(c.video_dim, c.video_hidden, width) if sees else None
+        c, width, parts = config, config.fusion_dim, MODALITIES[config.modality]
+        self.audio = SequenceEncoder(c.audio_dim, c.audio_hidden, width) if "audio" in parts else None
+        self.video = SequenceEncoder(c.video_dim, c.video_hidden, width) if "video" in parts else None
         self.mixer = TextGuideMixer(c.dim, width) if not c.no_mixer else None
         self.fusion = MultiScaleFusion(c.dim, width) if not c.no_fusion else nn.Linear(width, width)
         self.project = nn.Linear(width, c.dim if not c.independent_tokens else c.dim * c.pseudo_tokens)
