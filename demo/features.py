@@ -34,8 +34,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from data import SPLITS  # noqa: E402
+from extras.files import read_json  # noqa: E402
+
 COLUMNS = ("split", "label", "text", "file")
-SPLITS = ("train", "valid", "test")
 SOUND_RATE = 16_000             # samples a second, mono
 SHORTEST = 0.06                 # seconds of sound that openSMILE can analyse
 AVERAGED = 5                    # frames of 10 ms: 100 a second would be slow through an LSTM
@@ -168,7 +171,7 @@ def write_dataset(path: Path, scale_file: Path):
 
 def write_clip(path: Path, scale_file: Path):
     """Prints the arrays' files as eval.py's flags."""
-    scale = json.loads(scale_file.read_text())
+    scale = read_json(scale_file)
     for kind, frames in scaled(clip_features(path), scale).items():
         if len(frames) > 0:
             target = path.with_suffix(f".{kind}.npy")

@@ -1,5 +1,4 @@
 """demo/features.py: the csv, the scale and the files; and what the extractors make of sound and pictures."""
-import importlib.util
 import json
 import sys
 import wave
@@ -12,10 +11,11 @@ import data
 import eval as evaluate
 import train
 
-DEMO = Path(__file__).resolve().parent.parent / "demo"
-SPEC = importlib.util.spec_from_file_location("features", DEMO / "features.py")
-features = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(features)
+DEMO = Path(__file__).resolve().parents[1] / "demo"
+sys.path.insert(0, str(DEMO))
+
+import features  # noqa: E402
+
 CLIP_FEATURES = features.clip_features
 
 MINE = data.Task("mine", labels=("gut", "schlecht"), text_len=40)
