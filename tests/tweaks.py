@@ -59,19 +59,28 @@ def train_epoch(""")],
         hidden = self.llm(x, real, self.beginning(), recompute, last=1)[:, 0]                     # (B, C)
         return self.adapter.head(hidden.float())
 
-    def loss("""),
-        ("adapter.py", "        n = max(map(len, labels))",
-         """        legal = self.tensor(self.task.values())
+    def loss(self, batch, recompute: int = 0):
+        \"\"\"Cross-entropy of the legal label nearest to the row's.\"\"\"
+        legal = self.tensor(self.task.values())
         right = (self.tensor(batch.label)[:, None] - legal).abs().argmin(dim=1)
         return F.cross_entropy(self.scores(batch, recompute), right)
-        n = max(map(len, labels))"""),
-        ("adapter.py", "        x, real, _ = self.rows(batch)\n        if self.reread:",
-         """        best = self.scores(batch).argmax(dim=-1).tolist()
+
+    def loss_of_text("""),
+        ("adapter.py", "    def answer(",
+         """    def answer(self, batch) -> list[str]:
+        \"\"\"The text of the label with the highest score.\"\"\"
+        best = self.scores(batch).argmax(dim=-1).tolist()
         return [self.tokenizer.decode(self.labels[label]) for label in best]
-        if self.reread:"""),
-        ("eval.py", "    x, real, _ = net.rows(batch)\n    cache =",
-         """    return net.scores(batch).log_softmax(dim=-1)
-    cache =""")],
+
+    @torch.no_grad()
+    def answer_in_text("""),
+        ("eval.py", "def label_logprobs(",
+         """def label_logprobs(net: MultimodalLLM, batch):
+    \"\"\"Log-probabilities (B, labels) of the task's legal labels, from the head.\"\"\"
+    return net.scores(batch).log_softmax(dim=-1)
+
+@torch.no_grad()
+def label_logprobs_in_text(""")],
     "LoRA beside the adapter": [    # of rank 8, on queries, keys and values of every block; blocks cannot recompute
         "--recompute", "0",
         ("model.py", "        self.config, self.layer = config, layer",
