@@ -1,6 +1,7 @@
 """What the tests share: where things are, tiny checkpoints in the four published layouts, a tokenizer of bytes."""
 import json
 import os
+import pickle
 import zlib
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from adapter import OFFICIAL_NAMES, AdapterConfig, MSEAdapter
+from data import read_pickle
 from model import load_llm
 
 HERE = Path(__file__).resolve().parent
@@ -28,6 +30,20 @@ def need_shared(*parts) -> Path:
 def need_smollm2() -> Path:
     """The folder that ../shared/weights/make_smollm2.py makes, beside it or where SMOLLM2 says."""
     return Path(os.environ.get("SMOLLM2") or need_shared("weights", "SmolLM2-135M-Instruct"))
+
+
+def small_data(folder: Path, change=lambda rows: rows) -> Path:
+    """The first rows of the demo's data, in the published format."""
+    for split, n in (("train", 40), ("valid", 12), ("test", 12)):
+        rows = read_pickle(HERE.parent / "demo" / f"demo_{split}.pkl")[:n]
+        with open(folder / f"demo_{split}.pkl", "wb") as file:
+            pickle.dump(change(rows), file, 4)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return small_data(tmp_path_factory.mktemp("data"))
 
 
 def close(ours, theirs, tolerance: float = 1e-5):

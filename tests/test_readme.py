@@ -25,8 +25,8 @@ import eval  # noqa: E402
 import make  # noqa: E402
 import model  # noqa: E402
 import train  # noqa: E402
+from conftest import small_data  # noqa: E402
 from test_adapter import COUNTS  # noqa: E402
-from test_train import small_data  # noqa: E402
 from tweaks import TWEAKS, copy  # noqa: E402
 
 PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh.md")}

@@ -27,20 +27,12 @@ sys.path.insert(0, str(ROOT))
 import eval  # noqa: E402
 import train  # noqa: E402
 from adapter import AdapterConfig, MSEAdapter, MultimodalLLM  # noqa: E402
+from conftest import small_data  # noqa: E402
 from data import TASKS, Split, Task, collate, load_split, load_tokenizer, main, read_pickle  # noqa: E402
 from eval import metrics_of, score  # noqa: E402
 from model import LLM, Config, load_llm, read_json  # noqa: E402
 
 DISABLED = torch.amp.GradScaler("cpu", enabled=False)
-
-
-def small_data(folder: Path, change=lambda rows: rows) -> Path:
-    """The first rows of the demo's data, in the published format."""
-    for split, n in (("train", 40), ("valid", 12), ("test", 12)):
-        rows = read_pickle(ROOT / "demo" / f"demo_{split}.pkl")[:n]
-        with open(folder / f"demo_{split}.pkl", "wb") as file:
-            pickle.dump(change(rows), file, 4)
-    return folder
 
 
 def flags(data: Path, out: Path, *more) -> list[str]:
@@ -55,11 +47,6 @@ def essence(out: Path, seed: int = 1111) -> dict:
         "metrics.json", "results.json"}
     log = [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in (run / "log.jsonl").open()]
     return {"log": log, **{name: (run / name).read_bytes() for name in ("adapter.safetensors", "predictions.csv")}}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return small_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

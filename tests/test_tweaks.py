@@ -13,16 +13,11 @@ sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
 import tweaks  # noqa: E402
-from test_train import flags, small_data  # noqa: E402
+from test_train import flags  # noqa: E402
 from tweaks import CODE, TWEAKS, copy, edit  # noqa: E402
 
 EDITED = [name for name, tweak in TWEAKS.items() if any(isinstance(part, tuple) for part in tweak)]
 CALM = ["--epochs", "1", "--learning-rate", "1e-3"]      # one epoch of 40 rows, after which answers still parse
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return small_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
