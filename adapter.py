@@ -121,6 +121,13 @@ class MultimodalLLM(nn.Module):
     A row of MELD in LLaMA2's tokens, on average; in brackets the official one, always 145:
         [bos] <Multimodal>  P1 P2 P3 P4  What a day!  </Multimodal>  Please recognize ... The emotion is  4
         1 (2)       6            4         13 (65)           6                   57 (60)                  2
+
+    Where a task's labels have unequally many tokens, the end token is a part of each, unless official:
+        "1.5" and "-1.5" of a byte-level BPE       ->  1 . 5 <end>  and  - 1 . 5 <end>
+        "1" and "10", of more than ten classes     ->  1 <end>  and  1 0 <end>
+        the classes "0" to "6"; "-1.5" and "+1.5"  ->  as they are: how far a label goes is known
+    Without it the LLM would never learn where "1.5" stops ("1.50"), and "1" would be at least as probable as
+    "10" whatever the row says.
     """
 
     def __init__(self, llm, adapter: MSEAdapter, tokenizer, task, official: bool = False):
@@ -136,7 +143,8 @@ class MultimodalLLM(nn.Module):
         self.before = self.bos + tokenizer.encode(words.open)   # each part of a row is tokenised on its own
         self.after = tokenizer.encode(words.close) + tokenizer.encode(words.prompt)
         self.label_text, self.reread = words.label, words.reread
-        self.labels = [tokenizer.encode(text) for text in words.labels]         # every legal one, as tokens
+        self.end = label_end(words, tokenizer, self.eos_id, official)           # behind each label: [eos] or []
+        self.labels = [tokenizer.encode(text) + self.end for text in words.labels]      # every legal one
         self.answer_len = max(map(len, self.labels))
         self.kept = None                                    # see beginning
 
@@ -180,7 +188,7 @@ class MultimodalLLM(nn.Module):
 
     def loss(self, batch, recompute: int = 0):
         """Cross-entropy of the label's tokens, mean over a row's, then over rows. recompute: see LLM."""
-        labels = [self.tokenizer.encode(self.label_text(y)) for y in batch.label]
+        labels = [self.tokenizer.encode(self.label_text(y)) + self.end for y in batch.label]
         n = max(map(len, labels))
         target = self.tensor([[-100] * (n - len(ids)) + ids for ids in labels])                 # (B, n)
         x, real, _ = self.rows(batch, labels)
@@ -200,24 +208,34 @@ class MultimodalLLM(nn.Module):
         ends = [row.index(self.eos_id) if self.eos_id in row else len(row) for row in ids]
         return [self.tokenizer.decode(row[:end]) for row, end in zip(ids, ends)]
 
+def label_end(words, tokenizer, eos_id: int, official: bool) -> list[int]:
+    """The tokens that end each label: [eos_id] where labels have unequally many tokens, else none."""
+    lengths = {len(tokenizer.encode(text)) for text in words.labels}
+    if official or len(lengths) == 1:
+        return []
+    return [eos_id]
+
 # --- Files --------------------------------------------------------------------------------------------------
-def identity(llm, task, official: bool) -> dict:
+def identity(llm, tokenizer, task, official: bool) -> dict:
     """What an adapter is made for: a file's metadata, compared when it is loaded."""
-    c = llm.config
+    c, mode = llm.config, "official" if official else "default"
+    words = task.wording(c.family, official)
+    if label_end(words, tokenizer, special_ids(words, tokenizer)[1], official):
+        mode = "default, an end token behind each label"
     sizes = f"{c.family}, {c.n_layer} layers, width {c.dim}, weights {llm.fingerprint}"
     return {"format": "mse-adapter 1", "backbone": sizes, "task": task.name,
-            "mode": "official" if official else "default"}
+            "mode": mode}
 
 def save_adapter(path, net: MultimodalLLM):
     """Write the adapter's tensors to one .safetensors file, with what loading must check in its header."""
-    meta = identity(net.llm, net.task, net.official) | {"config": asdict(net.adapter.config)}
+    meta = identity(net.llm, net.tokenizer, net.task, net.official) | {"config": asdict(net.adapter.config)}
     write_tensors(path, net.adapter.state_dict(), meta)
 
 def load_adapter(path, llm, tokenizer, task, official: bool = False) -> MultimodalLLM:
     """Read a file of save_adapter. Raises ValueError, with both values, if it was made for another backbone,
     task or mode, or if a tensor is missing, left over, misshapen or changed."""
     tensors, meta = read_tensors(path)
-    for key, here in identity(llm, task, official).items():
+    for key, here in identity(llm, tokenizer, task, official).items():
         if meta.get(key) != here:
             raise ValueError(f"{path}: the adapter's {key} is {meta.get(key)!r:.200}, but here {here!r}")
     try:

@@ -10,6 +10,7 @@ import argparse
 import base64
 import heapq
 import json
+import math
 import re
 import sys
 import unicodedata
@@ -72,7 +73,7 @@ _CHATGLM = Family(
         ("en", "range"): _RANGE_EN + "[{low:.1f}, {high:.1f}]. response: The sentiment is",
         ("zh", "range"): _RANGE_ZH + "[{low:.1f}, {high:.1f}]之间。响应: 情感为",
     })
-FAMILIES = {"llama": _LLAMA, "qwen": _QWEN, "qwen2": _QWEN, "chatglm": _CHATGLM}
+FAMILIES = {"llama": _LLAMA, "qwen": _QWEN, "qwen2": _QWEN, "qwen3": _QWEN, "chatglm": _CHATGLM}
 
 def family_words(family: str) -> Family:
     """A family that the release does not know is spoken to as LLaMA2."""
@@ -144,6 +145,13 @@ class Task:
             return list(range(len(self.labels)))
         low, high = self.range
         return [i / 10 for i in range(round(10 * low), round(10 * high) + 1)]
+
+    def marks(self) -> list:
+        """Evenly spaced intensities for tables and bars: -3, -2, ... 3; of a range below 2.5 every 0.2."""
+        low, high = self.range
+        step = next(step for step in (0.2, 1, 2, 5, 10, 100, high - low) if (high - low) / step <= 12)
+        first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+        return [round(i * step, 1) for i in range(first, last + 1)]
 
     def number(self, label) -> int | float | None:
         """A class's number, or the intensity; None for what is no label of the task."""
@@ -495,6 +503,8 @@ def candidates(task: Task, root: Path, split: str) -> list[Path]:
     return [path for path in sorted(root.rglob(published.name))
             if re.findall(names, str(path.absolute()).lower())[-1:] in ([], [task.name])]
 
+NO_VALID = "; or take validation rows from the training rows: train.py --valid-share 0.1"
+
 def find_data(task: Task, data_dir, split: str, fetch: bool = False) -> Path:
     """The published file of a split, anywhere below `data_dir`. Raises DataError that says how to get it."""
     name, advice = task.files[split], "put it there; github.com/thuiar/MMSA tells where it is published"
@@ -506,7 +516,7 @@ def find_data(task: Task, data_dir, split: str, fetch: bool = False) -> Path:
     if not found:
         there = ", ".join(str(path.relative_to(data_dir)) for path in sorted(Path(data_dir).rglob("*.pkl")))
         raise DataError(f"{data_dir}: {name} was not found in or below this folder, where there is "
-                        f"{there[:300] or 'no .pkl file'}; {advice}")
+                        f"{there[:300] or 'no .pkl file'}; {advice}{NO_VALID if split == 'valid' else ''}")
     if len(found) > 1:
         listed = ", ".join(map(str, found))[:500]
         raise DataError(f"{data_dir}: {len(found)} files could be {name}: {listed}; point --data-dir at one")
@@ -555,7 +565,9 @@ def read_split(task: Task, file: Path, split: str) -> Split:
     if isinstance(raw, dict) and split in raw:
         raw = raw[split]
     elif len(set(task.files.values())) == 1:
-        raise DataError(f"{file}, {split}: not there; expected a dict of train, valid, test in this one file")
+        advice = NO_VALID if split == "valid" else ""
+        raise DataError(f"{file}, {split}: not there; expected a dict of train, valid, test in this one file"
+                        f"{advice}")
     if task.labels:
         keys["label"] = "labels"
     if isinstance(raw, list):
@@ -656,6 +668,17 @@ def load_split(task: Task, data_dir, split: str) -> Split:
     data.label = [task.number(label) for label in data.label]
     return data
 
+def some_rows(split: Split, rows) -> Split:
+    """These rows as a split of their own."""
+    columns = {name: [getattr(split, name)[row] for row in rows] for name in FIELDS}
+    return Split(**columns)
+
+def divide(train: Split, share: float, seed: int) -> tuple[Split, Split]:
+    """What is left of the training rows, and a `share` of them, drawn by the seed, to validate with."""
+    order = np.random.RandomState(seed).permutation(len(train))
+    n = min(max(1, round(share * len(train))), len(train) - 1)
+    return some_rows(train, sorted(order[n:])), some_rows(train, sorted(order[:n]))
+
 class Batch(NamedTuple):
     """What the method reads. Features end with the longest row; behind a row's length they are zero."""
     text: list                      # B strings
@@ -684,11 +707,6 @@ def epoch_rows(n: int, size: int, seed: int | None = None, epoch: int = 0) -> li
     # The legacy generator, because numpy promises that its stream never changes.
     order = np.arange(n) if seed is None else np.random.RandomState([seed, epoch]).permutation(n)
     return [order[i:i + size].tolist() for i in range(0, n, size)]
-
-def batches(split: Split, size: int, seed: int | None = None, epoch: int = 0):
-    """Yield the epoch's batches of `size` rows; the last may be smaller."""
-    for rows in epoch_rows(len(split), size, seed, epoch):
-        yield collate(split, rows)
 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,

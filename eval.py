@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from adapter import MultimodalLLM, load_adapter
 from data import FEATURES, HERE, SPLITS, TASKS, Split, Task
-from data import collate, find_llm, load_split, load_tokenizer
+from data import collate, divide, find_llm, load_split, load_tokenizer
 from extras import backbone
 from extras.clip import clip_row, clip_text, found
 from extras.files import read_json
@@ -145,13 +145,27 @@ def simsv2_metrics(pred, true) -> dict[str, float]:
     mae, corr, r2 = mae_corr_r2(*both)
     return dict(acc2=acc2, f1=f1, weak_acc2=weak_acc2, acc3=acc3, acc5=acc5, mae=mae, corr=corr, r2=r2)
 
+def range_metrics(pred, true) -> dict[str, float]:
+    """Intensities that are all of one sign: how far off, and how well they follow. There is no 0 to cut at."""
+    mae, corr, r2 = mae_corr_r2(*intensities(pred, true))
+    return dict(mae=mae, corr=corr, r2=r2)
+
 def metrics_of(task: Task):
-    """The task's metrics: for classes, for intensities within -1..1, or for larger ones."""
+    """The task's metrics: of classes, of intensities from below 0 to above it, within -1..1 or beyond, or
+    of others."""
     if task.labels:
         return class_metrics
-    return simsv2_metrics if max(task.range, default=0) <= 1 else mosei_metrics
+    low, high = task.range
+    if not low < 0 < high:
+        return range_metrics
+    return simsv2_metrics if max(-low, high) <= 1 else mosei_metrics
 
-METRICS = {name: metrics_of(task) for name, task in TASKS.items()}
+def nearest(x: np.ndarray, marks: list) -> np.ndarray:
+    """The number of the mark nearest to each value, of two equally near ones the even; nan: none, -1."""
+    step = marks[1] - marks[0]
+    place = np.round(x / step) - round(marks[0] / step)
+    return np.where(np.isnan(x), -1, place.clip(0, len(marks) - 1))
+
 WHY_NAN = {"corr": "predictions or true values are constant or no numbers",
            "r2": "true values are constant, or a prediction is no number",
            "mae": "a prediction is no number", "weak_acc2": "no true value within 0.4 of 0",
@@ -175,7 +189,7 @@ def bootstrap(metric, pred, true, seed: int = 0, draws: int = 1000) -> dict[str,
 
 # --- Evaluation ---------------------------------------------------------------------------------------------
 DECODE = ("greedy", "labels")           # what the LLM writes, as in the paper, or the labels' probabilities
-READOUT = ("mean", "mode")              # of those, for intensities; a class is always the most probable
+READOUT = ("mean", "median", "mode")    # of those, for intensities; a class is always the most probable
 
 @dataclass
 class Result:
@@ -197,6 +211,11 @@ class Result:
     def intervals(self) -> dict[str, tuple[float, float]]:
         return bootstrap(metrics_of(self.task), self.pred, self.true)
 
+    @property
+    def bias(self) -> float:
+        """The mean error of intensities, pred - true: which way they lean."""
+        return float(np.mean(self.pred - np.array(self.true, float)))
+
     def counts(self) -> np.ndarray:
         """`confusion` of the answers as parsed, for classes."""
         return confusion(self.values, self.true, len(self.task.labels))
@@ -216,11 +235,13 @@ class Result:
     def table(self) -> str:
         """Truth by prediction, intensities in whole numbers or the bins of acc5; of classes also their F1."""
         names, both = self.task.labels, (self.values, self.true)
-        if metrics_of(self.task) is mosei_metrics:
-            names, both = range(-3, 4), whole(intensities(*both), 3)
-        elif not names:
+        if metrics_of(self.task) is simsv2_metrics:
             names = ["[-1,-.7]", "(-.7,-.1]", "(-.1,.1]", "(.1,.7]", "(.7,1]"]
             both = bins(intensities(*both), SIMS_EDGES)
+        elif not names:
+            names = self.task.marks()
+            both = np.array([nearest(column, names) for column in intensities(*both)])
+            names = [f"{mark:g}" for mark in names]
         counts = confusion(*both, len(names))
         lines = [["true \\ pred", *names, "none"]]
         lines += [[name, *row] for name, row in zip(names, counts)]
@@ -250,11 +271,22 @@ def score(answers: list, true: list, task: Task, official: bool = False) -> Resu
     return Result(task, true, answers, values, pred, unparsed, out_of_range)
 
 def score_labels(probabilities: np.ndarray, true: list, task: Task, readout: str = "mean") -> Result:
-    """Score the probabilities (rows, labels): the most probable class; an intensity's mean or mode."""
-    pred = mode = np.array(task.values())[probabilities.argmax(axis=1)]
-    if readout == "mean" and not task.labels:
+    """Score the probabilities (rows, labels): the most probable class; an intensity's mean, median or mode.
+
+    The median is the least intensity with at least half of the probability on it or below. A row of nan is
+    unparsed: a wrong class, an intensity of 0.
+    """
+    labels = np.array(task.values())
+    pred = mode = labels[probabilities.argmax(axis=1)]
+    if not task.labels and readout == "mean":
         pred, _ = moments(probabilities, task)
-    return Result(task, true, [str(x) for x in mode], pred.tolist(), pred, probabilities=probabilities)
+    elif not task.labels and readout == "median":
+        pred = labels[(probabilities.cumsum(axis=1) >= 0.5 - 1e-9).argmax(axis=1)]
+    broken = np.isnan(probabilities).any(axis=1)
+    values = [None if nan else value for nan, value in zip(broken, pred.tolist())]
+    answers = ["" if nan else str(value) for nan, value in zip(broken, mode)]
+    pred = np.where(broken, -1 if task.labels else 0, pred)
+    return Result(task, true, answers, values, pred, unparsed=int(broken.sum()), probabilities=probabilities)
 
 def moments(probabilities: np.ndarray, task: Task) -> np.ndarray:
     """Mean and standard deviation of each row's intensity, (2, rows)."""
@@ -266,27 +298,30 @@ def moments(probabilities: np.ndarray, task: Task) -> np.ndarray:
 def label_logprobs(net: MultimodalLLM, batch):
     """Log-probabilities (B, labels) of the task's legal labels behind each row, normalised over them.
 
-    Each row is read once. Labels that differ in their last token alone ("-0.1", "-0.2") share a stem, which
-    is read behind the rows; what stands there says how probable each of its tokens, and each last one, is.
+    The labels are a tree, "-0.1" and "-0.2" one branch up to their last token. Each row is read once, then
+    each branch behind it: the state after its last token says how probable every next token is.
     """
     x, real, _ = net.rows(batch)
     cache = net.beginning().copy()
-    end = net.llm(x, real, cache, last=1)                                                     # (B, 1, C)
-    cache.frozen = True
-    stems = {}
-    for k, label in enumerate(net.labels):
-        stems.setdefault(tuple(label[:-1]), []).append(k)
     scores = torch.zeros(len(x), len(net.labels), device=x.device)
-    for stem, labels in stems.items():
-        hidden = end
-        if stem:
-            behind = net.llm.embed(net.tensor([stem])).expand(len(x), -1, -1)
-            sees = F.pad(real, (0, len(stem)), value=True)
-            hidden = torch.cat((end, net.llm(behind, sees, cache)), dim=1)                  # (B, stem + 1, C)
-        after = net.llm.logits(hidden).log_softmax(dim=-1)                                  # (B, stem + 1, V)
-        path = sum(after[:, i, token] for i, token in enumerate(stem))                        # (B,), or 0
-        for k in labels:
-            scores[:, k] = path + after[:, -1, net.labels[k][-1]]
+
+    def follow(begun: list, path, hidden, cache, real):
+        """Score the labels that begin with the tokens `begun`, read up to the state `hidden` (B, 1, C), of
+        which `path` (B,) is the log-probability."""
+        after = net.llm.logits(hidden[:, 0]).log_softmax(dim=-1)                                # (B, V)
+        n = len(begun)
+        longer = [label for label in net.labels if label[:n] == begun and len(label) > n]
+        for token in sorted({label[n] for label in longer}):
+            branch, branch_path = [*begun, token], path + after[:, token]
+            if branch in net.labels:
+                scores[:, net.labels.index(branch)] = branch_path
+            if any(label[:n + 1] == branch and len(label) > n + 1 for label in longer):
+                x = net.llm.embed(net.tensor([[token]] * len(batch.text)))                      # (B, 1, C)
+                sees, read = F.pad(real, (0, 1), value=True), cache.copy()
+                follow(branch, branch_path, net.llm(x, sees, read), read, sees)
+
+    hidden = net.llm(x, real, cache, last=1)
+    follow([], 0, hidden, cache, real)
     return scores.log_softmax(dim=-1)
 
 def rows_by_length(net: MultimodalLLM, split: Split, size: int) -> list:
@@ -307,6 +342,25 @@ def evaluate(net: MultimodalLLM, split: Split, size: int, decode="greedy", reado
         return score(outputs, split.label, net.task, net.official)
     return score_labels(torch.stack(outputs).exp().double().cpu().numpy(), split.label, net.task, readout)
 
+def evaluate_all(net: MultimodalLLM, split: Split, size: int, decode="greedy", readout="mean") -> dict:
+    """{name: Result} of every way to answer, the asked one first: "greedy", and "labels" for classes or
+    "labels mean", "labels median", "labels mode" for intensities."""
+    results = {"greedy": evaluate(net, split, size)}
+    labels = evaluate(net, split, size, "labels", readout)
+    if net.task.labels:
+        results["labels"] = labels
+    else:
+        for name in READOUT:
+            results[f"labels {name}"] = score_labels(labels.probabilities, split.label, net.task, name)
+    first = way(net.task, decode, readout)
+    return {first: results.pop(first), **results}
+
+def way(task: Task, decode: str, readout: str) -> str:
+    """A way to answer by its name: "greedy", "labels", "labels median"."""
+    if decode == "greedy" or task.labels:
+        return decode
+    return f"labels {readout}"
+
 def collapsed(result: Result) -> str:
     """A warning if the answers hardly differ, with what their one value alone would score; or "".
 
@@ -325,6 +379,24 @@ def collapsed(result: Result) -> str:
     alone = in_words(metrics_of(task)(np.full(n, value), labels))
     return f"looks collapsed: {found} alone scores {alone}" if hardly else ""
 
+ZERO_IS = {"has0_acc2": ", to which 0 is positive", "acc2": ", to which 0 is negative"}
+
+def unparsed_note(result: Result) -> str:
+    """What unparsed intensities do to the first score, where they are more than 2 % of the rows; or ""."""
+    n, task = len(result.true), result.task
+    if task.labels or result.unparsed <= 0.02 * n:
+        return ""
+    name = next(iter(result.scores))
+    parsed = [parse_answer(text, task) is not None for text in result.answers]
+    without = metrics_of(task)(result.pred[parsed], np.array(result.true)[parsed])[name]
+    return (f"{result.unparsed} of {n} answers ({result.unparsed / n:.1%}) do not parse and count as 0: "
+            f"{name.replace('_', ' ')}{ZERO_IS.get(name, '')}, is {result.scores[name]:.4f} with them, "
+            f"{without:.4f} without them")
+
+def alarms(result: Result) -> list[str]:
+    """What looks wrong with the answers, a line each."""
+    return [line for line in (collapsed(result), unparsed_note(result)) if line]
+
 def side_by_side(results: dict[str, Result]) -> str:
     """A line per score, a column per way of decoding, each score with its 95 % interval."""
     lines = [["", *(f"{decode} [95 % interval]" for decode in results)]]
@@ -334,6 +406,8 @@ def side_by_side(results: dict[str, Result]) -> str:
             low, high = r.intervals[name]
             line.append(f"{r.scores[name]:.4f} [{low:.4f}, {high:.4f}]")
         lines.append(line)
+    if not r.task.labels:
+        lines.append(["bias", *(f"{r.bias:+.4f}" for r in results.values())])
     for name in ("unparsed", "out_of_range"):
         lines.append([name.replace("_", " "), *(f"{getattr(r, name)}/{len(r.true)}" for r in results.values())])
     return aligned(lines)
@@ -370,7 +444,9 @@ def ablation(net: MultimodalLLM, split: Split, size: int, decode="greedy", reado
 def ablation_table(results: dict[str, Result]) -> str:
     """Of each variant the first score and the one that selects, and their differences to `all`."""
     everything = results["all"]
-    metric, names = metrics_of(everything.task), [next(iter(everything.scores)), everything.task.select]
+    metric, names = metrics_of(everything.task), [next(iter(everything.scores))]
+    if everything.task.select not in names:
+        names.append(everything.task.select)
 
     def difference(pred, true):
         before, after = metric(pred[:, 0], true), metric(pred[:, 1], true)
@@ -403,17 +479,19 @@ def feature_range(split: Split) -> dict[str, list]:
 
 # --- Command line -------------------------------------------------------------------------------------------
 def score_split(net: MultimodalLLM, split: Split, run: Path, settings: dict, args):
-    """Print and write what a split scores: first as the run was selected, then the other way of decoding."""
-    first, results = args.decode or settings["decode"], {}
-    for decode in sorted(DECODE, key=lambda decode: decode != first):
-        if args.decode in (None, decode):
-            readout = args.readout or settings["readout"]
-            results[decode] = evaluate(net, split, settings["eval_batch"], decode, readout)
+    """Print and write what a split scores: first as the run was selected, then in the other ways."""
+    chosen = args.decode or settings["decode"], args.readout or settings["readout"]
+    if args.decode is None:
+        results = evaluate_all(net, split, settings["eval_batch"], *chosen)
+    else:
+        results = {way(net.task, *chosen): evaluate(net, split, settings["eval_batch"], *chosen)}
+    first = way(net.task, *chosen)
     record = run / "results.json"
     best = read_json(record).get("best_epoch") if record.is_file() else "unknown"
     print(f"{args.split} (best epoch {best}): {results[first].line()}")
-    print(collapsed(results[first]))
-    print(f"{side_by_side(results)}\n\n{first}:\n{results[first].table()}\n")
+    for alarm in alarms(results[first]):
+        print(alarm)
+    print(f"\n{side_by_side(results)}\n\n{first}:\n{results[first].table()}\n")
     write_results(run, split, results, f"-{args.split}")        # the run's own record, without ending, stays
     print(f"wrote {run}/metrics-{args.split}.json and predictions-{args.split}.csv")
 
@@ -461,14 +539,19 @@ def main():
         answer = one_clip(net, row) | {"notes": notes}
         print(json.dumps(answer, ensure_ascii=False, indent=1) if args.json else clip_text(answer))
         return
-    split = load_split(task, args.data_dir or settings["data_dir"] or HERE / task.home, args.split)
+    data_dir = args.data_dir or settings["data_dir"] or HERE / task.home
+    if args.split == "valid" and settings.get("valid_share"):
+        train = load_split(task, data_dir, "train")
+        _, split = divide(train, settings["valid_share"], settings["seed"])
+    else:
+        split = load_split(task, data_dir, args.split)
     if args.check_backbone:
         batch = collate(split, range(min(settings["eval_batch"], len(split))))
         print(backbone.check_backbone(net, fresh, batch))
     elif args.ablate:
-        way = args.decode or settings["decode"], args.readout or settings["readout"]
+        chosen = args.decode or settings["decode"], args.readout or settings["readout"]
         size, parts = settings["eval_batch"], variants(split)
-        results = {name: evaluate(net, part, size, *way) for name, part in parts.items()}
+        results = {name: evaluate(net, part, size, *chosen) for name, part in parts.items()}
         print(ablation_table(results))
     else:
         score_split(net, split, args.run, settings, args)

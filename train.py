@@ -26,9 +26,9 @@ import torch
 from tqdm import tqdm
 
 from adapter import MODALITIES, AdapterConfig, MSEAdapter, MultimodalLLM, save_adapter
-from data import FEATURES, FIELDS, HERE, SPLITS, TASKS, Split, collate, epoch_rows, find_data, find_llm
-from data import load_split, load_tokenizer, preset
-from eval import DECODE, READOUT, ablation, collapsed, evaluate, feature_range
+from data import FEATURES, HERE, SPLITS, TASKS, Split, collate, divide, epoch_rows, find_data, find_llm
+from data import load_split, load_tokenizer, preset, some_rows
+from eval import DECODE, READOUT, ablation, alarms, evaluate, evaluate_all, feature_range, way
 from extras.baseline import prompt_alone
 from extras.check import check_task
 from extras.files import read_json, write_atomic
@@ -84,6 +84,8 @@ class Settings:
     modality: str = setting(str, "both", "ablation: what the adapter gets", MODALITIES)
     independent_tokens: bool = setting(bool, False, "pseudo tokens of their own, no copies of one vector")
     train_share: float = setting(share, 1.0, "train with this share of the rows, drawn by the seed")
+    valid_share: float = setting(share, 0.0, "validate with this share of the training rows, drawn by the "
+                                        "seed, where there is no valid split")
     prompt_alone: bool = setting(bool, False, "no training, no tokens: print what the frozen backbone scores")
 
     decode: str = setting(str, "greedy", "how answers are read when epochs are compared and tested", DECODE)
@@ -144,12 +146,10 @@ def learning_rate(step: int, steps: int, warmup: float, peak: float) -> float:
 def make_optimizer(net: MultimodalLLM):
     return torch.optim.AdamW(net.adapter.parameters(), eps=ADAM_EPS, weight_decay=WEIGHT_DECAY)
 
-def some_rows(split: Split, part: float, seed: int) -> Split:
+def share_of(split: Split, part: float, seed: int) -> Split:
     """A random `part` of the rows; a smaller one lies within a larger one of the same seed."""
     order = np.random.RandomState(seed).permutation(len(split))
-    rows = sorted(order[:max(1, round(part * len(split)))])
-    columns = {name: [getattr(split, name)[row] for row in rows] for name in FIELDS}
-    return Split(**columns)
+    return some_rows(split, sorted(order[:max(1, round(part * len(split)))]))
 
 def train_step(net: MultimodalLLM, optimizer, scaler, batch, recompute: int = 0):
     """One step of AdamW on one batch; returns the mean loss of its rows, on the device."""
@@ -309,9 +309,8 @@ def tell(run: Run, result, valid: Split):
         best = ", best yet"
     print(f"epoch {now['epoch']}/{run.settings.max_epochs}: loss {now['loss']:.4f}, valid {result.line()}, "
           f"{now['seconds']:.0f} s so far{best}")
-    warning = collapsed(result)
-    if warning:
-        print(warning)
+    for alarm in alarms(result):
+        print(alarm)
     unparsed = [entry["valid_unparsed"] for entry in run.log[-2:]]
     if unparsed[-1] > unparsed[0] + 0.01 * len(valid):
         print(f"more answers do not parse: {unparsed[0]} before, {unparsed[-1]} now")
@@ -332,7 +331,10 @@ def train_run(settings: Settings, identity: dict, llm, tokenizer, splits: dict) 
     """Train one seed, pick the best epoch, test once with it. Returns the record that results.json holds.
     identity: what settings.json holds, the seed and the content of backbone and data with the settings."""
     seed = identity["seed"]
-    train = some_rows(splits["train"], settings.train_share, seed)
+    train, valid = splits["train"], splits.get("valid")
+    if settings.valid_share:
+        train, valid = divide(train, settings.valid_share, seed)
+    train = share_of(train, settings.train_share, seed)
     folder = Path(settings.out, str(seed))
     if settings.overwrite:
         remove(folder, *WRITTEN)
@@ -348,7 +350,7 @@ def train_run(settings: Settings, identity: dict, llm, tokenizer, splits: dict) 
         run = Run(settings, seed, llm, tokenizer, train)
         trainable, frozen = (sum(p.numel() for p in part.parameters()) for part in (run.net.adapter, llm))
         print(f"seed {seed}: {trainable:,} parameters train, {frozen:,} are frozen")
-        fit(run, train, splits["valid"])
+        fit(run, train, valid)
         record = test(run, splits["test"])
         write_atomic(folder / "results.json", json.dumps(record, indent=1).encode())
         print(f"wrote {folder}")
@@ -357,15 +359,13 @@ def train_run(settings: Settings, identity: dict, llm, tokenizer, splits: dict) 
 
 def test(run: Run, split: Split) -> dict:
     """Answer the test split with the best epoch's adapter, in all ways of decoding. Returns the record."""
-    s, results = run.settings, {}
-    for decode in sorted(DECODE, key=lambda decode: decode != s.decode):        # first the run's own
-        results[decode] = evaluate(run.best, split, s.eval_batch, decode, s.readout)
+    s = run.settings
+    results = evaluate_all(run.best, split, s.eval_batch, s.decode, s.readout)
     write_results(run.folder, split, results)
-    result = results[s.decode]              # the others stand beside it in metrics.json and predictions.csv
+    result = results[way(run.task, s.decode, s.readout)]    # the others: in metrics.json and predictions.csv
     print(f"test (best epoch {run.best_epoch()}): {result.line()}", flush=True)
-    warning = collapsed(result)
-    if warning:
-        print(warning)
+    for alarm in alarms(result):
+        print(alarm)
     if s.modality != "text":
         for line in ablation(run.best, split, s.eval_batch, s.decode, s.readout):
             print(line, flush=True)
@@ -394,21 +394,32 @@ def digest(split: Split) -> str:
 
 def main(argv=None):
     settings = parse_settings(argv)
+    if len(set(settings.seeds)) < len(settings.seeds):
+        raise ValueError(f"--seeds {' '.join(map(str, settings.seeds))}: a seed twice; name each seed once")
     task = TASKS[settings.data]
     data_dir, backbone = settings.data_dir or HERE / task.home, settings.llm or task.llm
     if settings.download:
         for split in SPLITS:
-            find_data(task, data_dir, split, fetch=True)
+            if split != "valid" or not settings.valid_share:
+                find_data(task, data_dir, split, fetch=True)
     path = find_llm(backbone, settings.download)
     family = Config.from_dir(path).family
     check_task(task, family)
-    splits = {split: load_split(task, data_dir, split) for split in SPLITS}
+    splits = {split: load_split(task, data_dir, split) for split in ("train", "test")}
+    if not settings.valid_share:
+        splits["valid"] = load_split(task, data_dir, "valid")
+    elif len(splits["train"]) < 2:
+        raise ValueError(f"{data_dir}: one training row cannot be shared; expected at least two")
     widths = {(split.audio[0].shape[1], split.video[0].shape[1]) for split in splits.values()}
     if len(widths) > 1:
         raise ValueError(f"{data_dir}: splits of {widths} audio and video features; expected as many in each")
     tokenizer = load_tokenizer(path)
     settings = resolve(settings, family)
-    rows = ", ".join(f"{len(split)} {name}" for name, split in splits.items())
+    counts = {name: str(len(splits[name])) for name in SPLITS if name in splits}
+    if settings.valid_share:
+        train, valid = divide(splits["train"], settings.valid_share, settings.seeds[0])
+        counts = {"train": len(train), "valid (drawn from train by the seed)": len(valid), "test": counts["test"]}
+    rows = ", ".join(f"{n} {name}" for name, n in counts.items())
     print(f"{task.name}: {rows} rows; backbone {Path(backbone).name} ({family})")
     chosen = [f"{name} {value}" for name, value in asdict(settings).items() if value not in (None, False)]
     shown = f"settings: {', '.join(chosen)}"

@@ -3,7 +3,7 @@ import torch.nn as nn
 
 from adapter import AdapterConfig, MultimodalLLM
 from data import Split, Task
-from eval import DECODE, collapsed, evaluate, side_by_side
+from eval import alarms, evaluate_all, side_by_side
 
 class NoTokens(nn.Module):
     """In the adapter's place: nothing stands in front of the text."""
@@ -20,8 +20,6 @@ def prompt_alone(llm, tokenizer, task: Task, split: Split, settings) -> str:
     """What a split scores without an adapter and without training, a column per way of decoding."""
     config = AdapterConfig(llm.config.dim, 0, 0, 0, 0, pseudo_tokens=0)
     net = MultimodalLLM(llm, NoTokens(config), tokenizer, task, settings.official)
-    results = {}
-    for decode in DECODE:
-        results[decode] = evaluate(net, split, settings.eval_batch, decode, settings.readout)
-    notes = [collapsed(result) for result in results.values()]
-    return "\n".join([side_by_side(results), *filter(None, notes)])
+    results = evaluate_all(net, split, settings.eval_batch)
+    notes = [f"{name}: {alarm}" for name, result in results.items() for alarm in alarms(result)]
+    return "\n".join([side_by_side(results), *notes])

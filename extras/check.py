@@ -84,10 +84,9 @@ def describe(task, data, rows: list, tokenizer):
     print(f"  unused   {', '.join(data.unused) or 'nothing else is in the file'}")
     labels, names = [task.number(data.label[row]) for row in rows], task.labels
     if not names:                       # a bar for each step in the range of an intensity
-        low, high = task.range
-        step = 1.0 if high > 1 else 0.2
-        names = [f"{low + i * step:+.1f}" for i in range(round((high - low) / step) + 1)]
-        labels = [round((y - low) / step) for y in labels]
+        marks = task.marks()
+        step, names = marks[1] - marks[0], [f"{mark:+.1f}" for mark in marks]
+        labels = [round(y / step) - round(marks[0] / step) for y in labels]
     for i, name in enumerate(names):
         share = labels.count(i) / len(rows)
         print(f"  {name:8} {labels.count(i):6,} {share:6.1%} {'#' * round(60 * share)}".rstrip())

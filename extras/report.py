@@ -44,7 +44,7 @@ def curves(log: list, metric: str, best_epoch: int) -> str:
 
 # The method of the paper on all rows; what is trained otherwise is not compared with the release's figures.
 METHOD = {"no_mixer": False, "no_fusion": False, "modality": "both", "independent_tokens": False,
-          "train_share": 1.0}
+          "train_share": 1.0, "valid_share": 0.0}
 
 def summarize(records: list[dict], out: Path):
     """Write results.csv, a row per seed; print several with mean, std, worst and the release's figure."""
@@ -95,6 +95,8 @@ def write_results(folder, split: Split, results: dict, ending: str = ""):
     for decode, r in results.items():
         report[decode] = {"scores": plain(r.scores), "intervals": plain(r.intervals),
                           "unparsed": r.unparsed, "out_of_range": r.out_of_range}
+        if not r.task.labels:
+            report[decode]["bias"] = r.bias if np.isfinite(r.bias) else None
         if r.task.labels:
             columns = [column.tolist() for column in r.per_class()]
             rows = [dict(zip(("precision", "recall", "f1", "rows"), row)) for row in zip(*columns)]
@@ -110,11 +112,12 @@ def write_predictions(path, split: Split, results: list):
     parsed = ["" if value is None else f"{value:.6g}" for value in first.values]
     head = ["id", "text", "truth", "answer", "parsed"]
     columns = [split.id, split.text, split.label, first.answers, parsed]
-    for r in results:
-        if r.probabilities is not None:
-            head += [f"p({name})" for name in r.task.labels] or ["mean", "std"]
-            numbers = r.probabilities.T if r.task.labels else r.moments()
-            columns += [map("{:.6f}".format, column) for column in numbers]
+    scored = [r for r in results if r.probabilities is not None]
+    if scored:                          # several readouts are of the same probabilities
+        r = scored[0]
+        head += [f"p({name})" for name in r.task.labels] or ["mean", "std"]
+        numbers = r.probabilities.T if r.task.labels else r.moments()
+        columns += [map("{:.6f}".format, column) for column in numbers]
     file = io.StringIO()
     csv.writer(file).writerows([head, *zip(*columns)])
     write_atomic(path, file.getvalue().encode("utf-8-sig"))     # a byte order mark, for spreadsheets

@@ -132,7 +132,7 @@ def slow_row(net, batch, n, label):
 
 
 def slow_loss(net, batch):
-    labels = [net.tokenizer.encode(net.label_text(y)) for y in batch.label]
+    labels = [net.tokenizer.encode(net.label_text(y)) + net.end for y in batch.label]
     return torch.stack([-slow_row(net, batch, n, label).mean() for n, label in enumerate(labels)]).mean()
 
 
@@ -159,7 +159,7 @@ def test_a_row_does_not_depend_on_its_batch(net):
 def test_what_stands_behind_a_features_length_does_not_matter(net):
     batch, noisy = rows(net.task, range(5)), rows(net.task, range(5), noise=True)
     assert noisy.audio.shape[1] > batch.audio.shape[1] and noisy.audio[0].abs().min() > 0
-    assert torch.equal(net.loss(batch), net.loss(noisy))
+    near(net.loss(batch), net.loss(noisy), 1e-6)            # the LSTM sums rows of other lengths in another order
     assert net.answer(batch) == net.answer(noisy)
 
 
@@ -233,7 +233,7 @@ def test_answer_is_the_greedy_continuation_up_to_the_end_token(net):
 
 def test_label_logprobs_score_every_legal_label(net):
     batch, labels = rows(net.task, [2, 0, 3]), net.task.wording(net.llm.config.family).labels
-    labels = [net.tokenizer.encode(text) for text in labels]
+    labels = [net.tokenizer.encode(text) + net.end for text in labels]
     for n, scores in enumerate(label_logprobs(net, batch)):
         expected = torch.stack([slow_row(net, batch, n, label).sum() for label in labels])
         near(scores, expected.log_softmax(dim=0).detach(), 1e-5)
@@ -425,7 +425,7 @@ def test_special_tokens_come_from_the_checkpoint_where_the_release_has_other_one
     assert special_ids(words, tokenizer) == ([0], 1, 1)
     tokenizer.names = {"bos": None, "eos": "<end>", "pad": "<begin>"}
     assert special_ids(words, tokenizer) == ([], 1, 0)
-    assert TASKS["meld"].wording("qwen3").prompt == words.prompt        # it is spoken to as LLaMA2
+    assert TASKS["meld"].wording("mistral").prompt == words.prompt      # it is spoken to as LLaMA2
     tokenizer.names = {"bos": None, "eos": None, "pad": None}
     with pytest.raises(DataError, match="no token"):
         special_ids(words, tokenizer)

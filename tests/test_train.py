@@ -29,7 +29,7 @@ import train  # noqa: E402
 from adapter import AdapterConfig, MSEAdapter, MultimodalLLM  # noqa: E402
 from conftest import small_data  # noqa: E402
 from data import TASKS, Split, Task, collate, load_split, load_tokenizer, main, read_pickle  # noqa: E402
-from eval import metrics_of, score  # noqa: E402
+from eval import score  # noqa: E402
 from model import LLM, Config, load_llm, read_json  # noqa: E402
 
 DISABLED = torch.amp.GradScaler("cpu", enabled=False)
@@ -198,12 +198,12 @@ def test_a_backbone_in_16_bits(data, tmp_path, monkeypatch, capsys, dtype):
 
 def test_a_share_of_the_rows(data):
     split = load_split(TASKS["demo"], data, "train")
-    few, more = (train.some_rows(split, part, 1111) for part in (0.2, 0.5))
+    few, more = (train.share_of(split, part, 1111) for part in (0.2, 0.5))
     assert (len(few), len(more)) == (8, 20) and set(few.id) < set(more.id) < set(split.id)
     rows = [split.id.index(name) for name in few.id]
     assert rows == sorted(rows) and few.text == [split.text[row] for row in rows]
     assert all(a is split.audio[row] for a, row in zip(few.audio, rows))
-    assert train.some_rows(split, 0.2, 7).id != few.id and train.some_rows(split, 1.0, 7).id == split.id
+    assert train.share_of(split, 0.2, 7).id != few.id and train.share_of(split, 1.0, 7).id == split.id
     for wrong in ("0", "1.1", "nan"):
         with pytest.raises(SystemExit):
             train.parse_settings(["--train-share", wrong])
@@ -390,7 +390,6 @@ def test_one_entry_makes_a_task(tmp_path, monkeypatch, entry, metric):
     (dict(range=(-1.0, 1.0), labels=("joy",)), "expected one of"), (dict(), "expected one of the two in TASKS")])
 def test_a_task_that_could_not_end_is_refused_before_it_begins(tmp_path, monkeypatch, capsys, entry, words):
     monkeypatch.setitem(TASKS, "own", Task("own", **entry))
-    assert metrics_of(TASKS["own"])                 # importing eval.py asks it of every entry
     with pytest.raises(ValueError, match=f"task own: .*{words}"):
         train.main(["--data", "own", "--llm", str(ROOT / "demo" / "llm"), *flags(tmp_path, tmp_path / "out")])
     assert not (tmp_path / "out").exists()
