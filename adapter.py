@@ -9,21 +9,30 @@
                        projector:          h  = W_3 M~ + b_3,  P_k = w_k h + c_k          (B, P, C)
     the LLM reads      [bos] open  P_1 .. P_P  text  close prompt  ->  label
 
-Where paper and release differ, this follows the release. Shapes: B rows, T / S length of a row without / with
-[bos] open, La / Lv frames, Da / Dv features of one, C the LLM's width, Lt text tokens, P pseudo tokens.
+Where paper and release differ, this follows the release. This file needs torch and safetensors alone, and
+of an LLM its `embed`, `forward`, `logits` and `generate`, as in model.py.
+
+Shapes: B rows, T length of the longest row, La / Lv frames, Da / Dv features of one, C the LLM's width,
+Lt text tokens, P pseudo tokens, n tokens of the longest label, V vocabulary.
 """
+import hashlib
+import json
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save
 
-from data import special_ids
-from extras.files import brief, digest, read_tensors, write_tensors
-from extras.release import OFFICIAL_NAMES, read_official, reread  # noqa: F401
-from model import KVCache
+
+class AdapterError(ValueError):
+    """An adapter that does not fit, or a file that holds none: what was found and expected, what to do."""
+
 
 MODALITIES = {"both": ("audio", "video"), "audio": ("audio",), "video": ("video",), "text": ()}
+
 
 @dataclass(frozen=True)
 class AdapterConfig:
@@ -41,7 +50,8 @@ class AdapterConfig:
 
     def __post_init__(self):
         if self.modality not in MODALITIES:
-            raise ValueError(f"modality is {self.modality!r}; expected one of {', '.join(MODALITIES)}")
+            raise AdapterError(f"modality is {self.modality!r}; expected one of {', '.join(MODALITIES)}")
+
 
 class SequenceEncoder(nn.Module):
     """x = W h_last(LSTM(features)) + b: one layer, one direction, the state after the last real frame."""
@@ -54,11 +64,14 @@ class SequenceEncoder(nn.Module):
     def forward(self, x, lengths):
         """Features (B, L, D), `lengths` (B,) of them real -> (B, 256). Length 0: the modality is missing."""
         if x.size(-1) != self.rnn.input_size:
-            raise ValueError(f"{x.size(-1)} features in a frame, but the adapter was made for "
-                             f"{self.rnn.input_size}; use data like that of its training, or train again")
-        states = self.rnn(x)[0]         # (B, L, hidden), of padding, too: faster than packed sequences
-        h = states.take_along_dim(lengths.clamp(min=1)[:, None, None] - 1, dim=1)[:, 0]         # (B, hidden)
-        return self.linear(h * (lengths > 0)[:, None])      # a missing modality has the state 0: x = b
+            raise AdapterError(f"{x.size(-1)} features in a frame, but the adapter was made for "
+                               f"{self.rnn.input_size}; use data like that of its training, or train again")
+        states, _ = self.rnn(x)         # (B, L, hidden), of padding, too: faster than packed sequences
+        last = lengths.clamp(min=1) - 1
+        h = states.take_along_dim(last[:, None, None], dim=1)[:, 0]     # (B, hidden)
+        h = h * (lengths > 0)[:, None]  # a missing modality has the state 0: x = b
+        return self.linear(h)
+
 
 class TextGuideMixer(nn.Module):
     """M = x_a * t + x_v * t, t = W_t mean(text embeddings) + b_t: the text says which channels count."""
@@ -68,8 +81,9 @@ class TextGuideMixer(nn.Module):
         self.text = nn.Linear(dim, fusion_dim)
 
     def forward(self, text, audio, video):
-        t = self.text(text)                                 # (B, C) -> (B, 256)
+        t = self.text(text)                                     # (B, C) -> (B, 256)
         return audio * t + video * t
+
 
 class MultiScaleFusion(nn.Module):
     """M~ = conv([m_1, m_2, m_3]), m_i = W2_i gelu(W1_i M): three widths, one filter for all channels."""
@@ -79,37 +93,45 @@ class MultiScaleFusion(nn.Module):
         self.scales = nn.ModuleList(
             nn.Sequential(nn.Linear(fusion_dim, width), nn.GELU(), nn.Linear(width, fusion_dim))
             for width in (dim // 8, dim // 32, dim // 16))
-        self.join = nn.Linear(3, 1)                         # the release writes it as a 1x3 convolution
+        self.join = nn.Linear(3, 1)                             # the release writes it as a 1x3 convolution
 
     def forward(self, m):
-        scales = torch.stack([scale(m) for scale in self.scales], dim=-1)                       # (B, 256, 3)
-        return self.join(scales)[..., 0]                                                        # (B, 256)
+        scales = torch.stack([scale(m) for scale in self.scales], dim=-1)       # (B, 256, 3)
+        return self.join(scales)[..., 0]                        # (B, 256)
+
 
 class MSEAdapter(nn.Module):
     """The plug-in, the only part that trains."""
 
     def __init__(self, config: AdapterConfig):
         super().__init__()
-        self.config = config
-        c, width, parts = config, config.fusion_dim, MODALITIES[config.modality]
+        self.config = c = config
+        width = c.fusion_dim
+        parts = MODALITIES[c.modality]
         self.audio = SequenceEncoder(c.audio_dim, c.audio_hidden, width) if "audio" in parts else None
         self.video = SequenceEncoder(c.video_dim, c.video_hidden, width) if "video" in parts else None
         self.mixer = TextGuideMixer(c.dim, width) if not c.no_mixer else None
         self.fusion = MultiScaleFusion(c.dim, width) if not c.no_fusion else nn.Linear(width, width)
-        self.project = nn.Linear(width, c.dim if not c.independent_tokens else c.dim * c.pseudo_tokens)
-        self.spread = nn.Linear(1, c.pseudo_tokens) if not c.independent_tokens else None       # w_k, c_k
+        if c.independent_tokens:
+            self.project = nn.Linear(width, c.dim * c.pseudo_tokens)
+            self.spread = None
+        else:
+            self.project = nn.Linear(width, c.dim)
+            self.spread = nn.Linear(1, c.pseudo_tokens)         # w_k, c_k
 
     def forward(self, text, audio, audio_len, video, video_len):
         """Mean text embedding (B, C), features (B, La, Da), (B, Lv, Dv), lengths (B,) -> pseudo tokens."""
-        a = self.audio(audio, audio_len) if self.audio else 0                                   # (B, 256)
+        a = self.audio(audio, audio_len) if self.audio else 0   # (B, 256)
         v = self.video(video, video_len) if self.video else 0
         if self.config.modality == "text":
             a = text.new_ones(len(text), self.config.fusion_dim)        # M = t; all ones without the mixer
         m = self.mixer(text, a, v) if self.mixer else a + v
-        h = self.project(self.fusion(m))                    # (B, C), or all independent tokens' P * C
+        h = self.project(self.fusion(m))                        # (B, C), or all independent tokens' P * C
         if self.spread is None:
-            return h.unflatten(1, (self.config.pseudo_tokens, -1))                              # (B, P, C)
-        return self.spread(h[..., None]).transpose(1, 2)    # P_k = w_k h + c_k: scaled copies of one vector
+            return h.unflatten(1, (self.config.pseudo_tokens, -1))      # (B, P, C)
+        tokens = self.spread(h[..., None])                      # (B, C, P): P_k = w_k h + c_k
+        return tokens.transpose(1, 2)                           # (B, P, C), scaled copies of one vector
+
 
 # --- The adapter in front of the LLM ------------------------------------------------------------------------
 class MultimodalLLM(nn.Module):
@@ -132,55 +154,73 @@ class MultimodalLLM(nn.Module):
 
     def __init__(self, llm, adapter: MSEAdapter, tokenizer, task, official: bool = False):
         super().__init__()
-        self.llm, self.adapter, self.tokenizer = llm, adapter, tokenizer
-        self.task, self.official = task, official
+        self.llm = llm
+        self.adapter = adapter
+        self.tokenizer = tokenizer
+        self.task = task
+        self.official = official
         dim, vocab_size = llm.config.dim, llm.config.vocab_size
         if adapter.config.dim != dim or tokenizer.size > vocab_size:
-            raise ValueError(f"the backbone: width {dim} and {vocab_size} embeddings, but the adapter width "
-                             f"{adapter.config.dim} and the tokenizer {tokenizer.size} ids; take others")
+            raise AdapterError(f"the backbone: width {dim} and {vocab_size} embeddings, but the adapter "
+                               f"width {adapter.config.dim} and the tokenizer {tokenizer.size} ids; take "
+                               "others")
         words = task.wording(llm.config.family, official)
-        self.bos, self.eos_id, self.pad_id = special_ids(words, tokenizer)
-        self.before = self.bos + tokenizer.encode(words.open)   # each part of a row is tokenised on its own
+        bos, self.eos_id, self.pad_id = words.special_ids(tokenizer)
+        # Each part of a row is tokenised on its own.
+        self.before = bos + tokenizer.encode(words.open)
         self.after = tokenizer.encode(words.close) + tokenizer.encode(words.prompt)
-        self.label_text, self.reread = words.label, words.reread
-        self.end = label_end(words, tokenizer, self.eos_id, official)           # behind each label: [eos] or []
+        self.label_text = words.label           # a function: 0.4 -> "0.4" or "+0.4"
+        self.reread = words.reread              # see LLM.generate
+        self.end = label_end(words, tokenizer, official)        # behind each label
         self.labels = [tokenizer.encode(text) + self.end for text in words.labels]      # every legal one
-        self.answer_len = max(map(len, self.labels))
-        self.kept = None                                    # see beginning
+        self.answer_len = max(len(ids) for ids in self.labels)
+
+    @property
+    def device(self):
+        return next(self.parameters()).device
 
     def tensor(self, numbers):
-        return torch.as_tensor(numbers, device=self.llm.embed.weight.device)
-
-    def beginning(self) -> KVCache:
-        """What all rows begin with, [bos] open: read once, or for each batch if a part of the LLM trains."""
-        trains = any(p.requires_grad for p in self.llm.parameters())
-        if self.kept is not None and not trains:
-            return self.kept
-        cache = self.llm.read(self.before)
-        self.kept = None if trains else cache
-        return cache
+        return torch.as_tensor(numbers, device=self.device)
 
     def rows(self, batch, labels=None):
-        """Embed what stands behind the beginning: P text close prompt (label). labels: each row's, as ids.
-        Returns x (B, T, C), padded in front; which positions of beginning and x are real, (B, S) bool; and
-        the pseudo tokens (B, P, C)."""
-        P, L = self.adapter.config.pseudo_tokens, self.task.text_len
-        texts = [self.tokenizer.encode(text)[:L] for text in batch.text]
-        if self.official:
-            texts = [[self.pad_id] * (L - len(text)) + text for text in texts]
-        rows = [[self.pad_id] * P + text + self.after for text in texts]
+        """Embed a batch's rows, [bos] open P text close prompt (label). labels: each row's, as ids.
+
+        Returns x (B, T, C), padded in front; real (B, T) bool, False where x is padding; and the pseudo
+        tokens (B, P, C). Of two rows whose [bos] open are b o, whose close prompt are c p, and P is 2:
+            . . b o P P t c p       real  0 0 1 1 1 1 1 1 1
+            b o P P t t t c p             1 1 1 1 1 1 1 1 1
+        """
+        P = self.adapter.config.pseudo_tokens
+        texts = self.text_ids(batch)
+        rows = [self.before + [self.pad_id] * P + text + self.after for text in texts]
         if labels is not None:
             rows = [row + label for row, label in zip(rows, labels)]
-        T = max(map(len, rows))
-        x = self.llm.embed(self.tensor([[self.pad_id] * (T - len(row)) + row for row in rows]))  # (B, T, C)
-        place = self.tensor([range(len(row) - T, len(row)) for row in rows])    # in its row; below 0: padding
-        n = self.tensor([[len(text)] for text in texts])                                        # (B, 1)
-        is_text = (place >= P) & (place < P + n)                                                # (B, T)
-        mean = (x.float() * is_text[..., None]).sum(1) / n.clamp(min=1)                         # (B, C)
-        features = map(self.tensor, (batch.audio, batch.audio_len, batch.video, batch.video_len))
-        pseudo = self.adapter(mean, *features)                                                  # (B, P, C)
-        x = x.masked_scatter(((place >= 0) & (place < P))[..., None], pseudo.to(x.dtype))
-        return x, F.pad(place >= 0, (len(self.before), 0), value=True), pseudo
+        T = max(len(row) for row in rows)
+        ids = self.tensor([[self.pad_id] * (T - len(row)) + row for row in rows])
+        x = self.llm.embed(ids)                                 # (B, T, C)
+
+        # Which positions are what. `place` counts in each row from its beginning; below 0 is padding.
+        place = self.tensor([range(len(row) - T, len(row)) for row in rows])    # (B, T)
+        text_len = self.tensor([[len(text)] for text in texts])                 # (B, 1)
+        first = len(self.before)
+        is_pseudo = (place >= first) & (place < first + P)
+        is_text = (place >= first + P) & (place < first + P + text_len)
+
+        text_sum = (x.float() * is_text[..., None]).sum(dim=1)                  # (B, C)
+        mean = text_sum / text_len.clamp(min=1)
+        audio, audio_len = self.tensor(batch.audio), self.tensor(batch.audio_len)
+        video, video_len = self.tensor(batch.video), self.tensor(batch.video_len)
+        pseudo = self.adapter(mean, audio, audio_len, video, video_len)         # (B, P, C)
+        x = x.masked_scatter(is_pseudo[..., None], pseudo.to(x.dtype))
+        return x, place >= 0, pseudo
+
+    def text_ids(self, batch) -> list[list[int]]:
+        """The tokens of each text, cut at the task's length; official: filled up to it in front."""
+        length = self.task.text_len
+        texts = [self.tokenizer.encode(text)[:length] for text in batch.text]
+        if self.official:
+            texts = [[self.pad_id] * (length - len(text)) + text for text in texts]
+        return texts
 
     def pseudo_tokens(self, batch):
         """The pseudo tokens (B, P, C) of a batch."""
@@ -189,70 +229,98 @@ class MultimodalLLM(nn.Module):
     def loss(self, batch, recompute: int = 0):
         """Cross-entropy of the label's tokens, mean over a row's, then over rows. recompute: see LLM."""
         labels = [self.tokenizer.encode(self.label_text(y)) + self.end for y in batch.label]
-        n = max(map(len, labels))
-        target = self.tensor([[-100] * (n - len(ids)) + ids for ids in labels])                 # (B, n)
+        n = max(len(ids) for ids in labels)
+        # Shorter labels stand at the end, too: what is left in front of them, -100, has no loss.
+        target = self.tensor([[-100] * (n - len(ids)) + ids for ids in labels])     # (B, n)
         x, real, _ = self.rows(batch, labels)
-        hidden = self.llm(x, real, self.beginning(), recompute, last=n + 1)                   # (B, n + 1, C)
-        logits = self.llm.logits(hidden[:, :-1].flatten(0, 1))    # of the token after each, (B * n, V)
-        loss = F.cross_entropy(logits, target.flatten(), reduction="none").view_as(target)
-        return (loss.sum(1) / (target >= 0).sum(1)).mean()          # it is 0 where the target is -100
+        hidden = self.llm(x, real, recompute=recompute, last=n + 1)             # (B, n + 1, C)
+        logits = self.llm.logits(hidden[:, :-1])                # of the token behind each, (B, n, V)
+        losses = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none")
+        losses = losses.view_as(target)                         # (B, n)
+        row_loss = losses.sum(dim=1) / (target >= 0).sum(dim=1)
+        return row_loss.mean()
 
     @torch.no_grad()
     def answer(self, batch) -> list[str]:
         """What the LLM writes after each row, greedily, up to the length of a label or its end token."""
         x, real, _ = self.rows(batch)
-        if self.reread:
-            ids = reread(self.llm, self.before, x, self.answer_len).tolist()
-        else:
-            ids = self.llm.generate(x, self.answer_len, real, self.eos_id, self.beginning()).tolist()
-        ends = [row.index(self.eos_id) if self.eos_id in row else len(row) for row in ids]
-        return [self.tokenizer.decode(row[:end]) for row, end in zip(ids, ends)]
+        mask = None if self.official else real                  # official rows hold no padding
+        new = self.llm.generate(x, self.answer_len, mask, self.eos_id, reread=self.reread)
+        answers = []
+        for ids in new.tolist():
+            if self.eos_id in ids:
+                ids = ids[:ids.index(self.eos_id)]
+            answers.append(self.tokenizer.decode(ids))
+        return answers
 
-def label_end(words, tokenizer, eos_id: int, official: bool) -> list[int]:
-    """The tokens that end each label: [eos_id] where labels have unequally many tokens, else none."""
+
+def label_end(words, tokenizer, official: bool) -> list[int]:
+    """What ends each label: [the end token] where labels have unequally many tokens, else nothing."""
     lengths = {len(tokenizer.encode(text)) for text in words.labels}
     if official or len(lengths) == 1:
         return []
+    _, eos_id, _ = words.special_ids(tokenizer)
     return [eos_id]
+
 
 # --- Files --------------------------------------------------------------------------------------------------
 def identity(llm, tokenizer, task, official: bool) -> dict:
     """What an adapter is made for: a file's metadata, compared when it is loaded."""
-    c, mode = llm.config, "official" if official else "default"
-    words = task.wording(c.family, official)
-    if label_end(words, tokenizer, special_ids(words, tokenizer)[1], official):
+    c = llm.config
+    backbone = f"{c.family}, {c.n_layer} layers, width {c.dim}, weights {llm.fingerprint}"
+    mode = "official" if official else "default"
+    if label_end(task.wording(c.family, official), tokenizer, official):
         mode = "default, an end token behind each label"
-    sizes = f"{c.family}, {c.n_layer} layers, width {c.dim}, weights {llm.fingerprint}"
-    return {"format": "mse-adapter 1", "backbone": sizes, "task": task.name,
-            "mode": mode}
+    return {"format": "mse-adapter 1", "backbone": backbone, "task": task.name, "mode": mode}
+
+
+def adapter_bytes(net: MultimodalLLM) -> bytes:
+    """A .safetensors file of the adapter's tensors, with what loading must check in its header."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in net.adapter.state_dict().items()}
+    meta = identity(net.llm, net.tokenizer, net.task, net.official)
+    meta |= {"config": asdict(net.adapter.config), "sha256": digest(tensors)}
+    return save(tensors, {"mse-adapter": json.dumps(meta)})     # one key: several have no fixed order
+
 
 def save_adapter(path, net: MultimodalLLM):
-    """Write the adapter's tensors to one .safetensors file, with what loading must check in its header."""
-    meta = identity(net.llm, net.tokenizer, net.task, net.official) | {"config": asdict(net.adapter.config)}
-    write_tensors(path, net.adapter.state_dict(), meta)
+    """Write the adapter to one .safetensors file. (A run may be killed: it writes adapter_bytes itself.)"""
+    Path(path).write_bytes(adapter_bytes(net))
+
 
 def load_adapter(path, llm, tokenizer, task, official: bool = False) -> MultimodalLLM:
-    """Read a file of save_adapter. Raises ValueError, with both values, if it was made for another backbone,
-    task or mode, or if a tensor is missing, left over, misshapen or changed."""
+    """Read a file of save_adapter; the net is ready to answer. Raises AdapterError, with both values, if it
+    was made for another backbone, task or mode, or a tensor is missing, left over, misshapen or changed."""
     tensors, meta = read_tensors(path)
     for key, here in identity(llm, tokenizer, task, official).items():
         if meta.get(key) != here:
-            raise ValueError(f"{path}: the adapter's {key} is {meta.get(key)!r:.200}, but here {here!r}")
+            raise AdapterError(f"{path}: the adapter's {key} is {meta.get(key)!r:.200}, but here {here!r}")
     try:
-        with torch.device("meta"):                          # no memory, whatever sizes the file names
+        with torch.device("meta"):                              # no memory, whatever sizes the file names
             adapter = MSEAdapter(AdapterConfig(**meta["config"]))
-        adapter.load_state_dict(tensors, assign=True)       # raises what is missing, unexpected or misshapen
+        adapter.load_state_dict(tensors, assign=True)           # raises what is missing, left over, misshapen
     except Exception as error:          # whatever a damaged or hostile file provokes, it was refused
-        raise ValueError(f"{path}: not a whole saved adapter ({brief(error)}); copy it again") from None
+        raise AdapterError(f"{path}: not a whole saved adapter ({brief(error)}); copy it again") from None
     if meta.get("sha256") != digest(tensors):
-        raise ValueError(f"{path}: its numbers are not those that were saved (sha256); copy it again")
-    return MultimodalLLM(llm, adapter.to(llm.embed.weight.device), tokenizer, task, official)
+        raise AdapterError(f"{path}: its numbers are not those that were saved (sha256); copy it again")
+    net = MultimodalLLM(llm, adapter, tokenizer, task, official)
+    adapter.to(net.device)
+    return net.eval()
 
-def load_official(path, config: AdapterConfig) -> MSEAdapter:
-    """Read a state dict of the release, a .pth (names prefixed `Model.` or not). Raises ValueError."""
-    adapter = MSEAdapter(config)
+
+def read_tensors(path) -> tuple[dict, dict]:
+    """The tensors and the metadata of a file of save_adapter. Raises AdapterError if it is none."""
     try:
-        adapter.load_state_dict(read_official(path))
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name).clone() for name in list(file.keys())}
+            return tensors, dict(json.loads(file.metadata()["mse-adapter"]))
     except Exception as error:          # whatever a damaged or hostile file provokes, it was refused
-        raise ValueError(f"{path}: no state dict of tensors as the release saves ({brief(error)})") from None
-    return adapter
+        raise AdapterError(f"{path}: not a saved adapter ({brief(error)}); copy it again") from None
+
+
+def digest(tensors: dict) -> str:
+    return hashlib.sha256(save(tensors)).hexdigest()
+
+
+def brief(error: Exception) -> str:
+    """What it says, on one line: it may quote the whole file that provoked it."""
+    return " ".join(str(error)[:400].split())

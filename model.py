@@ -1,32 +1,37 @@
 """The frozen backbone: one decoder-only transformer for the published LLaMA, Qwen and ChatGLM3 weights.
 
     Config     the sizes, read from the checkpoint's own config.json
-    LLM        embeddings -> blocks of attention and SwiGLU -> norm -> output head; greedy decoding
+    Block      attention and SwiGLU, each added to what came in
     KVCache    the keys and values of the positions already read
     Recompute  gradient checkpointing, written by hand
+    LLM        embeddings -> blocks -> norm -> output head; greedy decoding
     NAMES      our names for the layers and each family's
     load_llm   .safetensors or .bin -> device, tensor by tensor, strict both ways; try python model.py DIR
 
 The families differ by data (sizes, biases, the pairing of rotary channels, tensor names), never by class.
+This file needs torch and safetensors alone: copy it wherever you want a LLaMA.
+
 Shapes: B rows, T new positions, S cached + new positions, C width (dim), H query heads, K key/value heads,
 D width of a head, R rotated channels of a head, V vocabulary, N positions of all rows that are no padding.
 """
 import hashlib
+import json
 import math
 import re
 import sys
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from extras.files import read_index, read_json
 
-# --- Config -------------------------------------------------------------------------------------------------
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used: the file, what was found, what was expected, what to do."""
+
+
 @dataclass(frozen=True)
 class Config:
     """The sizes of a backbone and the few switches by which the families differ."""
@@ -51,165 +56,118 @@ class Config:
 
     @classmethod
     def from_dir(cls, path) -> "Config":
-        """Read `path`/config.json. Raises ValueError for a family or feature that is not implemented."""
-        file = Path(path) / "config.json"
-        raw = read_json(file)
-        check_features(raw, file)
-        sizes = {"family": raw["model_type"], **SWITCHES[raw["model_type"]]}
-        for name, keys in KEYS.items():
-            found = [raw[key] for key in keys if raw.get(key) is not None]
-            if found:
-                sizes[name] = found[0]
-        sizes.setdefault("n_kv_head", sizes.get("n_head"))
-        for field in fields(cls):
-            value = sizes.get(field.name, 1 if field.name == "head_dim" else field.default)
-            if field.name in KEYS and field.type in (int, float):
-                is_number = type(value) in (int, field.type)
-                if not is_number or not 0 < value < LIMITS.get(field.name, 2**24):
-                    found = repr(value)[:80] if field.name in sizes else "missing"
-                    raise ValueError(f"{file}: {' or '.join(KEYS[field.name])} is {found}, expected a "
-                                     "positive number; fetch the file again")
-        sizes.setdefault("head_dim", sizes["dim"] // sizes["n_head"])
-        if sizes["n_head"] % sizes["n_kv_head"]:
-            raise ValueError(f"{file}: {sizes['n_head']} heads cannot share {sizes['n_kv_head']} key/value "
-                             "heads evenly; fetch the file again")
-        sizes["rope_llama3"] = tuple(raw.get("rope_llama3", ()))
-        if sizes["family"] == "qwen":           # it counts gate and up together
-            sizes["ffn_dim"] //= 2
-        sizes["rope_dim"] = sizes["head_dim"] // 2 if sizes["family"] == "chatglm" else sizes["head_dim"]
-        return cls(**sizes)
+        """Read `path`/config.json. Raises CheckpointError for a family or feature that is not implemented."""
+        return cls(**read_sizes(Path(path) / "config.json"))
 
-# Our sizes: where config.json has them. Where it has two of the keys, the first counts.
-KEYS = {
-    "dim": ["hidden_size"],
-    "n_layer": ["num_hidden_layers", "num_layers"],
-    "n_head": ["num_attention_heads"],
-    "n_kv_head": ["multi_query_group_num", "num_key_value_heads"],
-    "head_dim": ["kv_channels", "head_dim"],
-    "ffn_dim": ["ffn_hidden_size", "intermediate_size"],
-    "vocab_size": ["padded_vocab_size", "vocab_size"],
-    "max_len": ["seq_length", "max_position_embeddings"],       # beyond it Qwen's first generation differs
-    "norm_eps": ["layernorm_epsilon", "layer_norm_epsilon", "rms_norm_eps"],
-    "rope_theta": ["rotary_emb_base", "rope_theta"],
-    "qkv_bias": ["add_qkv_bias"],
-    "tied_head": ["tie_word_embeddings"],
-}
-LIMITS = {"n_layer": 1000, "n_head": 1000, "n_kv_head": 1000, "rope_theta": 2**40}      # others: 2**24
-SWITCHES = {
-    "llama": {},
-    "mistral": {},
-    "qwen2": {"qkv_bias": True},                                            # Qwen1.5, 2, 2.5
-    "qwen3": {"qk_norm": True},
-    "qwen": {"qkv_bias": True, "column": 1},                                # first generation
-    "chatglm": {"qkv_bias": True, "rope_interleaved": True, "column": 2},   # ChatGLM3
-}
-LLAMA3 = ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
-# What this transformer takes for granted. A config.json that has one of these keys otherwise is refused.
-FIXED = {
-    "quantization_config": None, "quantization_bit": 0,         # whole weights only
-    "rope_ratio": 1, "rotary_pct": 1.0, "partial_rotary_factor": 1.0, "original_rope": True,
-    "hidden_act": "silu", "use_sliding_window": False,
-    "attention_bias": False, "mlp_bias": False, "no_bias": True, "add_bias_linear": False,
-    "rmsnorm": True, "post_layer_norm": True, "apply_residual_connection_post_layernorm": False,
-    "multi_query_attention": True, "scale_attn_weights": True, "fp32_residual_connection": False,
-}
-
-def check_features(raw: dict, file: Path):
-    """Raise ValueError for what is not implemented. Newer files nest the rotary keys: lift them."""
-    if raw.get("model_type") not in list(SWITCHES):
-        raise ValueError(f"{file}: model_type is {raw.get('model_type')!r:.80}; use a backbone of a family "
-                         f"that is implemented: {', '.join(SWITCHES)}")
-    for key in ("rope_scaling", "rope_parameters"):
-        rope = raw.get(key) or {}
-        kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
-        if kind == "llama3":
-            raw["rope_llama3"] = [rope.get(name) for name in LLAMA3]
-            for name, value in zip(LLAMA3, raw["rope_llama3"]):
-                if type(value) not in (int, float):
-                    raise ValueError(f"{file}: {name} is {value!r:.80}, expected a number; fetch it again")
-        elif kind != "default":
-            raise ValueError(f"{file}: {key} is {rope!r:.100}, but only plain rotary embedding and llama3's "
-                             "are here; use a model without (where it was added for length, delete the key)")
-        raw |= {name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope}
-    if raw.get("sliding_window") and raw.get("use_sliding_window", True):
-        raise ValueError(f"{file}: sliding_window is {raw['sliding_window']!r:.80}, which is not here; "
-                         "use a model whose attention sees everything")
-    for key, value in FIXED.items():
-        if raw.get(key) not in (None, value):
-            raise ValueError(f"{file}: {key} is {raw[key]!r:.100}, but only {value!r} is implemented; use "
-                             "another of the family, of a quantised one its version in fp16, bf16 or fp32")
 
 # --- The transformer ----------------------------------------------------------------------------------------
 def rope_table(positions, config: Config):
-    """Positions (B, T) -> cosines and sines (B, 1, T, R/2) in fp32, shared by all layers and heads."""
+    """Positions (N,) -> cosines and sines (N, 1, R/2) in fp32, shared by all layers and heads."""
     steps = torch.arange(0, config.rope_dim, 2, device=positions.device).float() / config.rope_dim
-    turns = 1.0 / config.rope_theta ** steps                                    # (R/2,), radians per position
-    if config.rope_llama3:              # channels that turn less than `low` times in `length` slow down
+    turns = 1.0 / config.rope_theta ** steps                        # (R/2,), radians per position
+    if config.rope_llama3:
+        # Channels that turn less than `low` times in `length` positions slow down by `factor`, those that
+        # turn more than `high` times stay, in between it is a mixture.
         factor, low, high, length = config.rope_llama3
-        keep = ((length * turns / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+        keep = (length * turns / (2 * math.pi) - low) / (high - low)
+        keep = keep.clamp(0, 1)
         turns = turns * (keep + (1 - keep) / factor)
-    angle = positions[:, None, :, None].float() * turns
+    angle = positions[:, None, None].float() * turns                # (N, 1, R/2)
     return angle.cos(), angle.sin()
 
+
 def apply_rope(x, rope, interleaved: bool):
-    """Turn the first R channels of each head of x (B, heads, T, D) by its position's angles; others stay."""
+    """Turn the first R channels of each head of x (N, heads, D) by its position's angles; others stay."""
     cos, sin = rope
-    R = 2 * cos.size(-1)
-    turned, rest = x[..., :R].to(torch.promote_types(x.dtype, torch.float32)), x[..., R:]
-    a, b = (turned[..., 0::2], turned[..., 1::2]) if interleaved else turned.chunk(2, dim=-1)
-    a, b = a * cos - b * sin, b * cos + a * sin                                 # (B, heads, T, R/2)
-    turned = torch.stack((a, b), dim=-1).flatten(-2) if interleaved else torch.cat((a, b), dim=-1)
+    R = 2 * cos.size(-1)        # all of a head, but for ChatGLM3, whose other half knows no position
+    turned, rest = x[..., :R], x[..., R:]
+    turned = turned.to(torch.promote_types(x.dtype, torch.float32))
+    if interleaved:             # the pairs are channels (0,1), (2,3), ...
+        a, b = turned[..., 0::2], turned[..., 1::2]
+    else:                       # (0,R/2), (1,R/2+1), ...
+        a, b = turned.chunk(2, dim=-1)
+    a, b = a * cos - b * sin, b * cos + a * sin                     # (N, heads, R/2)
+    if interleaved:
+        turned = torch.stack((a, b), dim=-1).flatten(-2)
+    else:
+        turned = torch.cat((a, b), dim=-1)
     return torch.cat((turned.type_as(x), rest), dim=-1)
 
+
+class Places:
+    """Where the new positions stand and what each of them sees: made once, the same for all blocks.
+
+    A batch is padded in front. The blocks compute its real positions alone, packed into one long row; only
+    attention needs them row by row. Of three rows, "." being padding:
+
+        . . a b          mask  0 0 1 1
+        c d e f                1 1 1 1      ->   packed  a b c d e f g h i       N = 9
+        . g h i                0 1 1 1
+    """
+
+    def __init__(self, mask, sees):
+        self.shape = mask.shape             # B, T
+        self.sees = sees                    # (B, 1, T, S) bool: which positions each new one looks at
+        self.real = mask.flatten().nonzero()[:, 0]      # (N,): numbers of the real positions among B * T
+        if len(self.real) == mask.numel():
+            self.real = None                # all are real: packing and unpacking cost nothing
+        self.rope = None                    # see rope_table
+
+    def pack(self, x):
+        """(B, T, ...) -> (N, ...)."""
+        x = x.flatten(0, 1)
+        if self.real is None:
+            return x
+        return x.index_select(0, self.real)
+
+    def unpack(self, x):
+        """(N, ...) -> (B, T, ...), with zeros where a row is padding."""
+        if self.real is not None:
+            B, T = self.shape
+            zeros = x.new_zeros(B * T, *x.shape[1:])
+            x = zeros.index_copy(0, self.real, x)
+        return x.unflatten(0, self.shape)
+
+
 class KVCache:
-    """Keys and values of the positions already read, layer by layer; new ones are joined behind. A frozen
-    one stores nothing new: rows go on behind it, again and again. Its one row serves all of a batch."""
+    """Keys and values of the positions already read, layer by layer; new ones are joined behind."""
 
     def __init__(self, n_layer: int):
-        self.layers = [None] * n_layer      # each (k, v), both (B or 1, K, S, D)
-        self.frozen = False
-        self.origin = 0                     # cached positions that are seen, but do not count for new ones
+        self.layers = [None] * n_layer      # each (k, v), both (B, K, S, D)
+        self.real = None                    # (B, S) bool: which of them are no padding
 
-    @property
-    def length(self) -> int:
-        """Positions cached."""
-        return 0 if self.layers[-1] is None else self.layers[-1][0].size(2)
+    def mark(self, mask):
+        """Note which of the new positions (B, T) are real -> the same of all S positions."""
+        if self.real is not None:
+            mask = torch.cat((self.real, mask), dim=1)
+        self.real = mask
+        return mask
 
     def extend(self, layer: int, k, v):
         """Keys and values (B, K, T, D) of the new positions -> those of all S positions."""
         if self.layers[layer] is not None:
-            k_past, v_past = (past.expand(len(k), -1, -1, -1) for past in self.layers[layer])
-            k, v = torch.cat((k_past, k), dim=2), torch.cat((v_past, v), dim=2)     # (B, K, S, D)
-        if not self.frozen:
-            self.layers[layer] = k, v
+            k_past, v_past = self.layers[layer]
+            k = torch.cat((k_past, k), dim=2)                       # (B, K, S, D)
+            v = torch.cat((v_past, v), dim=2)
+        self.layers[layer] = k, v
         return k, v
 
     def copy(self) -> "KVCache":
-        """One that holds the same so far, and stores."""
+        """Another one that holds the same so far, to go on behind it in a different way."""
         copy = KVCache(len(self.layers))
         copy.layers = list(self.layers)
+        copy.real = self.real
         return copy
 
-class Places(NamedTuple):
-    """Where the T new positions stand; the same for all blocks but the last."""
-    rope: tuple             # see rope_table
-    sees: torch.Tensor      # (B or 1, 1, T, S) bool: which positions each new one looks at
-    real: torch.Tensor | None       # (N,): which of all rows' new positions, B * T, are no padding; None: all
-    last: int               # how many positions, from the end of each row, are wanted after the block
-
-def at_real(module, x, real):
-    """Apply a module that treats each position alone to the real ones of x (B, T, C); padding gets zeros."""
-    if real is None:
-        return module(x)
-    y = module(x.flatten(0, 1).index_select(0, real))                           # (N, C')
-    rows = y.new_zeros(x.size(0) * x.size(1), y.size(1)).index_copy(0, real, y)
-    return rows.unflatten(0, x.shape[:2])                                       # (B, T, C')
 
 class Attention(nn.Module):
+    """Each position mixes the values of the positions that it sees, more where key and query fit."""
+
     def __init__(self, config: Config, layer: int):
         super().__init__()
-        self.config, self.layer = config, layer
-        heads = config.n_head + 2 * config.n_kv_head
+        self.config = config
+        self.layer = layer
+        heads = config.n_head + 2 * config.n_kv_head                # queries; keys and values
         self.qkv = nn.Linear(config.dim, heads * config.head_dim, bias=config.qkv_bias)
         self.out = nn.Linear(config.n_head * config.head_dim, config.dim, bias=False)
         if config.qk_norm:
@@ -217,67 +175,80 @@ class Attention(nn.Module):
             self.k_norm = nn.RMSNorm(config.head_dim, config.norm_eps)
 
     def forward(self, x, places: Places, cache: KVCache | None = None):
-        """Hidden states (B, T, C) -> what the wanted positions read, (B, last, C)."""
-        c, last = self.config, places.last
-        qkv = at_real(self.qkv, x, places.real).unflatten(2, (-1, c.head_dim))  # (B, T, H + 2K, D)
-        q, k, v = qkv.transpose(1, 2).split([c.n_head, c.n_kv_head, c.n_kv_head], dim=1)
+        """Hidden states (N, C) -> what each position reads, (N, C)."""
+        c = self.config
+        qkv = self.qkv(x).unflatten(1, (-1, c.head_dim))            # (N, H + 2K, D)
+        q, k, v = qkv.split([c.n_head, c.n_kv_head, c.n_kv_head], dim=1)
         if c.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = (apply_rope(t, places.rope, c.rope_interleaved) for t in (q, k))
+            q = self.q_norm(q)
+            k = self.k_norm(k)
+        q = apply_rope(q, places.rope, c.rope_interleaved)
+        k = apply_rope(k, places.rope, c.rope_interleaved)
+
+        # By rows: (N, heads, D) -> (B, heads, T, D)
+        q, k, v = (places.unpack(t).transpose(1, 2) for t in (q, k, v))
         if cache is not None:
-            k, v = cache.extend(self.layer, k, v)                               # (B, K, S, D)
-        if c.n_kv_head < c.n_head:      # query head h reads head h // (H/K): 0 0 0 1 1 1, not 0 1 0 1 0 1
-            k, v = (t.repeat_interleave(c.n_head // c.n_kv_head, dim=1) for t in (k, v))
-        sees = places.sees[:, :, -last:]
-        h = F.scaled_dot_product_attention(q[:, :, -last:], k, v, attn_mask=sees).transpose(1, 2).flatten(2)
-        return at_real(self.out, h, places.real if last == x.size(1) else None) # (B, last, C)
+            k, v = cache.extend(self.layer, k, v)                   # (B, K, S, D)
+        if c.n_kv_head < c.n_head:
+            # Query head h reads key/value head h // (H/K): 0 0 0 1 1 1, not 0 1 0 1 0 1.
+            k = k.repeat_interleave(c.n_head // c.n_kv_head, dim=1)
+            v = v.repeat_interleave(c.n_head // c.n_kv_head, dim=1)
+        h = F.scaled_dot_product_attention(q, k, v, attn_mask=places.sees)      # (B, H, T, D)
+        h = h.transpose(1, 2).flatten(2)                            # (B, T, H * D)
+        return self.out(places.pack(h))                             # (N, C)
+
 
 class MLP(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x))."""
 
     def __init__(self, config: Config):
         super().__init__()
-        self.gate_up = nn.Linear(config.dim, 2 * config.ffn_dim, bias=False)
+        self.gate_up = nn.Linear(config.dim, 2 * config.ffn_dim, bias=False)    # both in one product
         self.down = nn.Linear(config.ffn_dim, config.dim, bias=False)
 
     def forward(self, x):
         gate, up = self.gate_up(x).chunk(2, dim=-1)
         return self.down(F.silu(gate) * up)
 
+
 class Block(nn.Module):
     def __init__(self, config: Config, layer: int):
         super().__init__()
-        self.attn_norm, self.attn = nn.RMSNorm(config.dim, config.norm_eps), Attention(config, layer)
-        self.mlp_norm, self.mlp = nn.RMSNorm(config.dim, config.norm_eps), MLP(config)
+        self.attn_norm = nn.RMSNorm(config.dim, config.norm_eps)
+        self.attn = Attention(config, layer)
+        self.mlp_norm = nn.RMSNorm(config.dim, config.norm_eps)
+        self.mlp = MLP(config)
 
     def forward(self, x, places: Places, cache: KVCache | None = None):
-        """Hidden states (B, T, C) -> those after the block at the wanted positions, (B, last, C)."""
-        real = places.real if places.last == x.size(1) else None
-        x = x[:, -places.last:] + self.attn(self.attn_norm(x), places, cache)
-        return x + at_real(self.mlp, self.mlp_norm(x), real)
+        """Hidden states (N, C) -> those after the block, (N, C)."""
+        x = x + self.attn(self.attn_norm(x), places, cache)
+        x = x + self.mlp(self.mlp_norm(x))
+        return x
+
 
 class Recompute(torch.autograd.Function):
     """Gradient checkpointing of one frozen block: keep its input only, run it again in backward.
 
     A block's own activations (some 16 times its input) live only while its backward runs, so memory grows by
-    one hidden state (B, T, C) per block. The price is one more forward. Gradients flow to the input alone.
+    one hidden state (N, C) per block. The price is one more forward. Gradients flow to the input alone.
     """
 
     @staticmethod
-    def forward(ctx, x, block, places, cache):
+    def forward(ctx, x, block, places):
         assert not any(p.requires_grad for p in block.parameters()), "Recompute is for frozen blocks only"
-        fit = cache is None or (cache.frozen and not cache.layers[block.attn.layer][0].requires_grad)
-        assert fit, "what is cached would be stored twice, or gradients into it lost: take a frozen cache"
         ctx.save_for_backward(x)
-        ctx.block, ctx.places, ctx.cache = block, places, cache
-        return block(x, places, cache)  # autograd is off in here: nothing of the block is kept
+        ctx.block = block
+        ctx.places = places
+        return block(x, places)         # autograd is off in here: nothing of the block is kept
 
     @staticmethod
     def backward(ctx, grad):
         x = ctx.saved_tensors[0].detach().requires_grad_()
         with torch.enable_grad():
-            y = ctx.block(x, ctx.places, ctx.cache)
-        return torch.autograd.grad(y, x, grad)[0], None, None, None
+            y = ctx.block(x, ctx.places)
+        (grad_x,) = torch.autograd.grad(y, x, grad)
+        return grad_x, None, None       # one for each argument of forward
+
 
 class LLM(nn.Module):
     """The backbone. Its parameters are frozen; gradients pass through it to its input."""
@@ -292,77 +263,94 @@ class LLM(nn.Module):
         self.norm = nn.RMSNorm(config.dim, config.norm_eps)
         if not config.tied_head:
             self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
-        self.requires_grad_(False)
+        self.requires_grad_(False)      # frozen
 
     def logits(self, hidden):
         """Hidden states (..., C) -> scores of the next token (..., V) in fp32. Pass only what you need."""
         head = self.embed if self.config.tied_head else self.head
-        return F.linear(hidden, head.weight).to(torch.promote_types(hidden.dtype, torch.float32))
+        scores = F.linear(hidden, head.weight)
+        return scores.to(torch.promote_types(hidden.dtype, torch.float32))
 
-    def forward(self, x, mask=None, cache: KVCache | None = None, recompute=0, last: int | None = None):
-        """Embeddings (B, T, C) -> hidden states after the last norm, (B, T, C), or of `last` positions alone.
+    def forward(self, x, mask=None, cache: KVCache | None = None, recompute=0, last=None, positions=None):
+        """Embeddings (B, T, C) -> hidden states after the last norm, (B, T, C).
 
-        mask: (B, S) bool of cached and new positions, False where a row is padding, which stands in front;
-        None: there is none. Only attention computes padding. recompute: how many blocks, from the first on,
-        keep only their input for backward. last: wanted positions, from the end; the last block gives these.
+        mask: (B, T) bool, False where a row is padding, which stands in front; None: there is none.
+        cache: what was read before; x goes on behind it.
+        recompute: how many blocks, from the first on, keep only their input for backward. The last block
+            never does: its backward comes first, so that would save nothing.
+        last: compute only so many positions of each row, from its end -> (B, last, C).
+        positions: (B, T) or (1, T), of each new position in its row; None: behind the real ones before it.
         """
-        places = self.places(x, mask, cache)
-        for layer, block in enumerate(self.blocks):
-            if last is not None and layer == self.config.n_layer - 1:
-                places = places._replace(last=last)
+        # Padding is packed away once, here: the blocks see real positions alone.
+        places = self.places(x, mask, cache, positions)
+        x = places.pack(x)                                          # (B, T, C) -> (N, C)
+        *blocks, final = self.blocks
+        for layer, block in enumerate(blocks):
             if layer < recompute and torch.is_grad_enabled():
-                x = Recompute.apply(x, block, places, cache)
+                assert cache is None, "what a block caches would be cached a second time"
+                x = Recompute.apply(x, block, places)
             else:
                 x = block(x, places, cache)
+        # The last block, written out: attention for all, then the MLP for the wanted positions alone.
+        x = x + final.attn(final.attn_norm(x), places, cache)
+        x = places.unpack(x)                                        # (N, C) -> (B, T, C)
+        if last is not None:
+            x = x[:, -last:]                                        # (B, last, C)
+        x = x + final.mlp(final.mlp_norm(x))
         return self.norm(x)
 
-    def places(self, x, mask, cache) -> Places:
-        """Where the new positions x (B, T, C) stand. A position is a row's count of real tokens before it."""
-        T = x.size(1)
-        past, origin = (0, 0) if cache is None else (cache.length, cache.origin)
-        S = past + T                                                            # new ones, and cached ones
-        if S - origin > self.config.max_len:
-            raise ValueError(f"a row has {S - origin} positions, but the backbone was trained for "
-                             f"{self.config.max_len}; shorten the text or take another backbone")
-        key = torch.arange(S, device=x.device)                                  # (S,)
-        query = key[past:, None]                                                # (T, 1)
+    def places(self, x, mask, cache, positions) -> Places:
+        """Where the new positions x (B, T, C) stand, and what they see. Raises CheckpointError if a row is
+        longer than those that the backbone was trained for."""
+        B, T, _ = x.shape
         if mask is None:
-            mask = torch.ones(1, S, dtype=torch.bool, device=x.device)
-        positions = (mask.cumsum(dim=1) - 1 - origin).clamp(min=0)[:, past:]    # (B, T)
-        sees = (key <= query) & mask[:, None] | (key == query)      # padding must look at something: itself
-        real = mask[:, past:].flatten().nonzero()[:, 0]                         # (N,)
-        if len(real) == positions.numel():
-            real = None
-        return Places(rope_table(positions, self.config), sees[:, None], real, T)
-
-    def read(self, ids: list[int]) -> KVCache:
-        """Read a beginning that rows share -> a frozen cache, behind which they go on."""
-        cache = KVCache(self.config.n_layer)
-        self(self.embed(torch.tensor([ids], device=self.embed.weight.device)), cache=cache)
-        cache.frozen = True
-        return cache
+            mask = torch.ones(B, T, dtype=torch.bool, device=x.device)
+        seen = mask if cache is None else cache.mark(mask)          # (B, S)
+        S = seen.size(1)
+        length = S if positions is None else T                      # how far positions go
+        if length > self.config.max_len:
+            raise CheckpointError(f"a row has {length} positions, but the backbone was trained for "
+                                  f"{self.config.max_len}; shorten the text or take another backbone")
+        if positions is None:
+            positions = seen.cumsum(dim=1)[:, -T:] - 1              # real positions in front of each
+        key = torch.arange(S, device=x.device)                      # (S,)
+        query = key[-T:, None]                                      # (T, 1)
+        sees = (key <= query) & seen[:, None]                       # (B, T, S)
+        sees = sees | (key == query)    # padding must look at something: itself
+        places = Places(mask, sees[:, None])
+        places.rope = rope_table(places.pack(positions.expand(B, T)), self.config)
+        return places
 
     @torch.no_grad()
-    def generate(self, x, max_new_tokens: int, mask=None, eos_id: int | None = None, cache=None):
-        """Greedy decoding from embeddings x (B, T, C), padded in front where the mask is False; see forward.
+    def generate(self, x, max_new_tokens: int, mask=None, eos_id: int | None = None, reread=False):
+        """Greedy decoding from embeddings x (B, T, C), padded in front where the mask (B, T) is False.
 
         Returns the new tokens alone, (B, at most max_new_tokens). A row that has written `eos_id` goes on
-        with it, and decoding ends when all rows have. cache: what was read before x; it is left as it is.
+        with it, and decoding ends when all rows have. reread: as the release's ChatGLM3 does it (under
+        transformers 4.36), each step reads the whole row and all new tokens again, from position 0 on, and
+        still sees what all steps before it read.
         """
         assert mask is None or bool(mask[:, -1].all()), "padding stands in front of a row"
-        cache = KVCache(self.config.n_layer) if cache is None else cache.copy()
-        done = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        assert mask is None or not reread, "rows that are read again have no padding"
+        row = x                                                     # to be read again
+        positions = None
+        cache = KVCache(self.config.n_layer)
+        done = torch.zeros(len(x), dtype=torch.bool, device=x.device)       # which rows have ended
         new = torch.empty(len(x), 0, dtype=torch.long, device=x.device)
         while new.size(1) < max_new_tokens and not bool(done.all()):
-            ids = self.logits(self(x, mask, cache, last=1)[:, -1]).argmax(dim=-1)               # (B,)
+            hidden = self(x, mask, cache, last=1, positions=positions)          # (B, 1, C)
+            ids = self.logits(hidden[:, -1]).argmax(dim=-1)         # (B,)
             if eos_id is not None:
                 ids = ids.masked_fill(done, eos_id)
                 done = done | (ids == eos_id)
             new = torch.cat((new, ids[:, None]), dim=1)
-            x = self.embed(new[:, -1:])                                         # (B, 1, C)
-            if mask is not None:
-                mask = F.pad(mask, (0, 1), value=True)
+            mask = None                                             # what follows is no padding
+            x = self.embed(new[:, -1:])                             # (B, 1, C)
+            if reread:
+                x = torch.cat((row, self.embed(new)), dim=1)
+                positions = torch.arange(x.size(1), device=x.device)[None]
         return new
+
 
 # --- Loading ------------------------------------------------------------------------------------------------
 # Our layers' names: those in a LLaMA checkpoint and its kin, in Qwen's first generation, in ChatGLM3. Several
@@ -385,47 +373,59 @@ NAMES = {
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 ROTARY_TABLES = ("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq")  # some checkpoints have them
 
+
 def load_llm(path, device="cpu", dtype=torch.float32) -> LLM:
     """Load a checkpoint folder (config.json, .safetensors or .bin files) onto `device` in `dtype`, frozen.
-    Raises ValueError that names each missing, unused or misshapen tensor with both shapes and the file."""
+    Raises CheckpointError that names each missing, unused or misshapen tensor, both shapes and the file."""
     path = Path(path)
-    with torch.device("meta"):                  # no memory yet
+    with torch.device("meta"):                  # names and shapes, no memory yet
         llm = LLM(Config.from_dir(path))
     stored = find_tensors(path)
     check_tensors(path, llm, stored)
-    weights, seal = {}, hashlib.sha256()
+    # Tensor by tensor, so that no moment holds the checkpoint a second time.
+    weights = {}
+    seal = hashlib.sha256()
     for name, parameter in llm.state_dict().items():
-        weights[name] = torch.empty(parameter.shape, device=device, dtype=dtype)
+        weight = torch.empty(parameter.shape, device=device, dtype=dtype)
         start = 0
         for source in sources(llm.config, name):
-            # Mapped anew: what was read through a mapping takes memory until that closes.
-            tensor = open_tensors(stored[source][0])[source]
-            weights[name][start:start + len(tensor)].copy_(tensor)
+            file, _ = stored[source]
+            tensor = open_tensors(file)[source]     # mapped anew: what was read stays in memory until then
+            weight[start:start + len(tensor)].copy_(tensor)
             start += len(tensor)
-            seal.update(tensor.flatten()[:1024].clone().view(torch.uint8).numpy().tobytes())
+            first = tensor.flatten()[:1024].clone()
+            seal.update(first.view(torch.uint8).numpy().tobytes())
+        weights[name] = weight
     llm.load_state_dict(weights, assign=True)
     llm.requires_grad_(False)
     llm.fingerprint = seal.hexdigest()[:16]     # the first 1024 numbers of every tensor, as stored
     return llm
 
+
 def sources(config: Config, name: str) -> list[str]:
     """A parameter's names on disk: blocks.7.mlp.down.weight -> [model.layers.7.mlp.down_proj.weight]."""
     block, part, kind = re.fullmatch(r"(?:blocks\.(\d+)\.)?(.+)\.(weight|bias)", name).groups()
-    prefix = NAMES["blocks.{}."][config.column].format(block) if block else ""
+    prefix = ""
+    if block:
+        prefix = NAMES["blocks.{}."][config.column].format(block)
     return [f"{prefix}{layer}.{kind}" for layer in NAMES[part][config.column].split()]
+
 
 def find_tensors(path: Path) -> dict:
     """{name: (file, tensor)} of a folder's weights, mapped, not read. An index is followed."""
-    stored, (files, homes) = {}, weight_files(path)
+    stored = {}
+    files, homes = weight_files(path)
     for file in files:
         for name, tensor in open_tensors(file).items():
             if homes.get(name, file.name) != file.name:
                 continue                        # the index says that it lies in another file
             if name in stored:
-                raise ValueError(f"{path}: {name:.99} is in {stored[name][0].name} and in {file.name}; keep "
-                                 "the file that belongs to this checkpoint")
+                first, _ = stored[name]
+                raise CheckpointError(f"{path}: {name:.99} is in {first.name} and in {file.name}; keep "
+                                      "the file that belongs to this checkpoint")
             stored[name] = file, tensor
     return stored
+
 
 def weight_files(path: Path) -> tuple[list[Path], dict]:
     """The .safetensors or else .bin files of a folder, and their index {tensor: file name} or {}."""
@@ -437,10 +437,12 @@ def weight_files(path: Path) -> tuple[list[Path], dict]:
         files = sorted(path.glob(glob))
         if files:
             return files, {}
-    raise ValueError(f"{path}: no .safetensors and no pytorch_model*.bin there; fetch the model's weights")
+    raise CheckpointError(f"{path}: no .safetensors and no pytorch_model*.bin there; fetch the model's "
+                          "weights")
+
 
 def open_tensors(file: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a file, mapped. Raises ValueError for any but dense ones; nothing in a .bin is run."""
+    """The tensors of a file, mapped. Raises CheckpointError for any but dense ones; nothing in it is run."""
     try:
         if file.suffix == ".bin":
             tensors = dict(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
@@ -451,49 +453,213 @@ def open_tensors(file: Path) -> dict[str, torch.Tensor]:
             if not dense or x.is_meta:
                 raise TypeError(f"{name} is no plain dense tensor")
     except FileNotFoundError:
-        raise ValueError(f"{file}: named in the index beside it, but missing; finish the download, or delete "
-                         "the index if the weights beside it are whole") from None
+        raise CheckpointError(f"{file}: named in the index beside it, but missing; finish the download, or "
+                              "delete the index if the weights beside it are whole") from None
     except Exception as error:                  # whatever a damaged or hostile file provokes, it was refused
+        problem = " ".join(str(error).split())[-300:]
         with open(file, "rb") as start:
-            pointer = start.read(7) == b"version"
-        found = "a git-lfs pointer: run `git lfs pull`" if pointer else " ".join(str(error).split())[-300:]
-        raise ValueError(f"{file}: not a whole file of dense tensors ({found}); nothing in it was run; fetch "
-                         "it again, from a source that you trust") from None
+            if start.read(7) == b"version":
+                problem = "a git-lfs pointer: run `git lfs pull`"
+        raise CheckpointError(f"{file}: not a whole file of dense tensors ({problem}); nothing in it was "
+                              "run; fetch it again, from a source that you trust") from None
     return {str(name): tensor.detach() for name, tensor in tensors.items()}
 
-def check_tensors(path: Path, llm: LLM, stored: dict):
-    """Raise ValueError that lists what is missing, left over, or of another shape or kind than asked."""
-    config, asked = llm.config, {}
+
+# --- Refusals: what a checkpoint may be ---------------------------------------------------------------------
+def wanted_tensors(llm: LLM) -> dict[str, tuple]:
+    """{name on disk: shape} of every tensor that the backbone needs."""
+    config = llm.config
+    wanted = {}
     for name, parameter in llm.state_dict().items():
-        names, (rows, *rest) = sources(config, name), parameter.shape
+        names = sources(config, name)
+        rows, *rest = parameter.shape
         heights = [rows // len(names)] * len(names)
         if len(names) == 3:                     # queries, keys and values
             heights = [n * config.head_dim for n in (config.n_head, config.n_kv_head, config.n_kv_head)]
-        asked |= {source: (height, *rest) for source, height in zip(names, heights)}
-    head, embedding = (sources(config, name)[0] for name in ("head.weight", "embed.weight"))
+        for source, height in zip(names, heights):
+            wanted[source] = (height, *rest)
+    return wanted
+
+
+def check_tensors(path: Path, llm: LLM, stored: dict):
+    """Raise CheckpointError that lists what is missing, left over, or of another shape or kind."""
+    config = llm.config
+    wanted = wanted_tensors(llm)
+    head = sources(config, "head.weight")[0]
+    embedding = sources(config, "embed.weight")[0]
     twice = config.tied_head and head in stored             # some publish a tied embedding a second time
     if twice:
-        asked[head] = asked[embedding]
-    problems = [f"missing: {name}" for name in asked if name not in stored]
+        wanted[head] = wanted[embedding]
+    problems = [f"missing: {name}" for name in wanted if name not in stored]
     for name, (file, x) in stored.items():
         if x.dtype not in FLOATS:
             problems.append(f"{x.dtype}: {name} in {file.name}; use the version in fp16, bf16 or fp32")
-        elif name not in asked and not name.endswith(ROTARY_TABLES):
-            problems.append(f"unused: {name} in {file.name}")
-        elif name in asked and x.shape != asked[name]:
+        elif name not in wanted:
+            if not name.endswith(ROTARY_TABLES):
+                problems.append(f"unused: {name} in {file.name}")
+        elif x.shape != wanted[name]:
             problems.append(f"misshapen: {name} is {list(x.shape)} in {file.name}, config.json asks for "
-                            f"{list(asked[name])}")
-    if twice and not problems and not torch.equal(stored[head][1], stored[embedding][1]):
-        problems.append(f"{head} is not {embedding}, but config.json has tie_word_embeddings")
+                            f"{list(wanted[name])}")
+    if twice and not problems:
+        _, first = stored[embedding]
+        _, second = stored[head]
+        if not torch.equal(first, second):
+            problems.append(f"{head} is not {embedding}, but config.json has tie_word_embeddings")
     if problems:
         listed = "\n  ".join(problems)[:1800]
-        raise ValueError(f"{path}: {len(problems)} weights do not fit config.json:\n  {listed}")
+        # All at once, but no novel: a wrong config.json misses every tensor.
+        raise CheckpointError(f"{path}: {len(problems)} weights do not fit config.json:\n  {listed}")
+
+
+# Our sizes: where config.json has them. Where it has two of the keys, the first counts.
+KEYS = {
+    "dim": ["hidden_size"],
+    "n_layer": ["num_hidden_layers", "num_layers"],
+    "n_head": ["num_attention_heads"],
+    "n_kv_head": ["multi_query_group_num", "num_key_value_heads"],
+    "head_dim": ["kv_channels", "head_dim"],
+    "ffn_dim": ["ffn_hidden_size", "intermediate_size"],
+    "vocab_size": ["padded_vocab_size", "vocab_size"],
+    "max_len": ["seq_length", "max_position_embeddings"],       # beyond it Qwen's first generation differs
+    "norm_eps": ["layernorm_epsilon", "layer_norm_epsilon", "rms_norm_eps"],
+    "rope_theta": ["rotary_emb_base", "rope_theta"],
+    "qkv_bias": ["add_qkv_bias"],
+    "tied_head": ["tie_word_embeddings"],
+}
+SWITCHED = ("qkv_bias", "tied_head")            # true or false; the others are numbers
+FRACTIONS = ("norm_eps", "rope_theta")          # the other numbers are whole
+OPTIONAL = ("head_dim", "rope_theta")           # the other numbers must be there
+LIMITS = {"n_layer": 1000, "n_head": 1000, "n_kv_head": 1000, "rope_theta": 2**40}      # others: 2**24
+SWITCHES = {
+    "llama": {},
+    "mistral": {},
+    "qwen2": {"qkv_bias": True},                                            # Qwen1.5, 2, 2.5
+    "qwen3": {"qk_norm": True},
+    "qwen": {"qkv_bias": True, "column": 1},                                # first generation
+    "chatglm": {"qkv_bias": True, "rope_interleaved": True, "column": 2},   # ChatGLM3
+}
+LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+# What this transformer takes for granted. A config.json that has one of these keys otherwise is refused.
+FIXED = {
+    "quantization_config": None, "quantization_bit": 0,         # whole weights only
+    "rope_ratio": 1, "rotary_pct": 1.0, "partial_rotary_factor": 1.0, "original_rope": True,
+    "hidden_act": "silu", "use_sliding_window": False,
+    "attention_bias": False, "mlp_bias": False, "no_bias": True, "add_bias_linear": False,
+    "rmsnorm": True, "post_layer_norm": True, "apply_residual_connection_post_layernorm": False,
+    "multi_query_attention": True, "scale_attn_weights": True, "fp32_residual_connection": False,
+}
+
+
+def read_sizes(file: Path) -> dict:
+    """The fields of Config in a config.json. Raises CheckpointError for what is missing or not here."""
+    raw = read_json(file)
+    family = raw.get("model_type")
+    if family not in list(SWITCHES):
+        raise CheckpointError(f"{file}: model_type is {family!r:.80}; use a backbone of a family that is "
+                              f"implemented: {', '.join(SWITCHES)}")
+    rope_llama3 = lift_rope(raw, file)
+    check_features(raw, file)
+    sizes = {"family": family, "rope_llama3": rope_llama3, **SWITCHES[family]}
+    for name, keys in KEYS.items():
+        for key in reversed(keys):              # the first one that is there has the last word
+            if raw.get(key) is not None:
+                sizes[name] = raw[key]
+    sizes.setdefault("n_kv_head", sizes.get("n_head"))      # each head has keys and values of its own
+    for name in KEYS:
+        if name in SWITCHED:
+            continue
+        if name in sizes or name not in OPTIONAL:
+            check_number(name, sizes.get(name), file)
+    sizes.setdefault("head_dim", sizes["dim"] // sizes["n_head"])
+    if sizes["n_head"] % sizes["n_kv_head"]:
+        raise CheckpointError(f"{file}: {sizes['n_head']} heads cannot share {sizes['n_kv_head']} key/value "
+                              "heads evenly; fetch the file again")
+    sizes["rope_dim"] = sizes["head_dim"]
+    if family == "qwen":                        # it counts gate and up together
+        sizes["ffn_dim"] //= 2
+    if family == "chatglm":                     # it turns half of each head
+        sizes["rope_dim"] //= 2
+    if sizes["rope_dim"] % 2:
+        raise CheckpointError(f"{file}: {sizes['rope_dim']} channels of a head turn in pairs, an odd number; "
+                              "fetch the file again")
+    return sizes
+
+
+def check_number(name: str, value, file: Path):
+    """Raise CheckpointError unless a size is a positive number of the right kind, below its limit."""
+    kinds = (int, float) if name in FRACTIONS else (int,)
+    if type(value) not in kinds or not 0 < value < LIMITS.get(name, 2**24):
+        problem = "missing" if value is None else repr(value)[:80]
+        raise CheckpointError(f"{file}: {' or '.join(KEYS[name])} is {problem}, expected a positive number; "
+                              "fetch the file again")
+
+
+def lift_rope(raw: dict, file: Path) -> tuple:
+    """Newer files nest the rotary keys: lift them into `raw`. Returns llama3's four numbers, or ()."""
+    scaling = ()
+    for key in ("rope_scaling", "rope_parameters"):
+        rope = raw.get(key) or {}
+        kind = rope
+        if isinstance(rope, dict):
+            kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind == "llama3":
+            scaling = tuple(rope.get(name) for name in LLAMA3)
+            for name, value in zip(LLAMA3, scaling):
+                if type(value) not in (int, float) or not value > 0:
+                    raise CheckpointError(f"{file}: {name} is {value!r:.80}, expected a positive number; "
+                                          "fetch it again")
+        elif kind != "default":
+            raise CheckpointError(f"{file}: {key} is {rope!r:.100}, but only plain rotary embedding and "
+                                  "llama3's are here; use a model without (where it was added for length, "
+                                  "delete the key)")
+        for name in ("rope_theta", "partial_rotary_factor"):
+            if name in rope:
+                raw[name] = rope[name]
+    return scaling
+
+
+def check_features(raw: dict, file: Path):
+    """Raise CheckpointError for a feature that is not implemented."""
+    if raw.get("sliding_window") and raw.get("use_sliding_window", True):
+        raise CheckpointError(f"{file}: sliding_window is {raw['sliding_window']!r:.80}, which is not here; "
+                              "use a model whose attention sees everything")
+    for key, value in FIXED.items():
+        if raw.get(key) not in (None, value):
+            raise CheckpointError(f"{file}: {key} is {raw[key]!r:.100}, but only {value!r} is implemented; "
+                                  "use another of the family, of a quantised one its version in fp16, bf16 "
+                                  "or fp32")
+
+
+def read_json(file: Path) -> dict:
+    """The object in a JSON file. Raises CheckpointError that names the file if there is none."""
+    if not file.is_file():
+        raise CheckpointError(f"{file}: not found; fetch or make it again, or name another folder")
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8-sig"))
+        json.dumps(raw, ensure_ascii=False).encode()        # refuses halves of characters, "\ud800"
+    except (ValueError, RecursionError) as error:
+        problem = " ".join(str(error)[:400].split())
+        raise CheckpointError(f"{file}: not valid JSON ({problem}); fetch or make it again") from None
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{file}: expected an object with names; make it again")
+    return raw
+
+
+def read_index(file: Path) -> dict:
+    """{tensor: the file beside it that holds it} of an index. Raises CheckpointError if none is there."""
+    homes = read_json(file).get("weight_map")
+    names = homes.values() if isinstance(homes, dict) else ()
+    if not names or not all(re.fullmatch(r"[\w.-]{1,200}\.(safetensors|bin)", str(name)) for name in names):
+        raise CheckpointError(f"{file}: expected a weight_map of tensors to files here; fetch it again")
+    return homes
+
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit("error: expected a checkpoint folder: python model.py DIR")
     try:
         llm = load_llm(sys.argv[1])
-        print(f"{asdict(llm.config)}\n{sum(p.numel() for p in llm.parameters()):,} parameters, all there")
-    except (ValueError, OSError) as error:
+    except (CheckpointError, OSError) as error:
         sys.exit(f"error: {error}")
+    n = sum(p.numel() for p in llm.parameters())
+    print(f"{asdict(llm.config)}\n{n:,} parameters, all there")

@@ -10,9 +10,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from adapter import OFFICIAL_NAMES, AdapterConfig, MSEAdapter
-from data import read_pickle
+from adapter import AdapterConfig, MSEAdapter
 from model import load_llm
+from release import OFFICIAL_NAMES
+from support.pickles import read_pickle
 
 HERE = Path(__file__).resolve().parent
 SHARED = HERE / "../../shared"          # beside the repository: real tokenizers, a real tiny LLM
@@ -203,5 +204,6 @@ def random_adapter(config: AdapterConfig) -> MSEAdapter:
     """An adapter with the recipe's weights, by their official names: std 0.15 (matrices) or 0.05 (vectors)."""
     adapter = MSEAdapter(config)
     for name, p in adapter.named_parameters():
-        p.data = recipe(f"adapter.{OFFICIAL_NAMES[name]}", p.shape, 0.15 if p.dim() > 1 else 0.05)
+        official = OFFICIAL_NAMES.get(name, name)       # a fork's own layers have their own names
+        p.data = recipe(f"adapter.{official}", p.shape, 0.15 if p.dim() > 1 else 0.05)
     return adapter

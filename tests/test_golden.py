@@ -14,11 +14,13 @@ import torch
 from conftest import HERE, Bomb, close, need_shared, published_tensors, random_adapter, recipe, write_checkpoint
 from safetensors.torch import load_file
 
-from adapter import OFFICIAL_NAMES, AdapterConfig, MultimodalLLM, load_official
+from adapter import AdapterConfig, MultimodalLLM
 from data import TASKS, Batch, load_tokenizer, preset
 from model import load_llm
+from release import OFFICIAL_NAMES, load_official
 from train import learning_rate, make_optimizer, train_step
 
+pytestmark = pytest.mark.release
 GOLDEN = HERE / "golden"
 SPECIAL = {
     "llama2": {"<unk>": 0, "<s>": 1, "</s>": 2},
@@ -105,10 +107,10 @@ def test_the_row_is_worded_as_in_the_release(golden):
     assert net.after == info["after_ids"] + info["task_prompt_ids"]
     assert [net.label_text(y) for y in info["labels"]] == info["label_text"]
     assert net.answer_len == info["max_new_tokens"]
-    x, mask, pseudo = net.rows(golden.batch, out["label_ids"].tolist())
-    after = torch.tensor(net.after).expand(4, -1)
-    behind = [golden.llm.embed(ids) for ids in (out["text_ids"], after, out["label_ids"])]
-    assert mask.all() and torch.equal(x, torch.cat((pseudo, *behind), dim=1))
+    x, real, pseudo = net.rows(golden.batch, out["label_ids"].tolist())
+    before, after = (torch.tensor(ids).expand(4, -1) for ids in (net.before, net.after))
+    before, *behind = [golden.llm.embed(ids) for ids in (before, out["text_ids"], after, out["label_ids"])]
+    assert real.all() and torch.equal(x, torch.cat((before, pseudo, *behind), dim=1))
 
 
 EN_CLASS = "Please recognize the emotion of the above multimodal content from the"
@@ -174,8 +176,8 @@ def test_forward(golden):
         close(net.pseudo_tokens(golden.batch), out["pseudo_tokens"])
         for name, tensor in seen.items():
             close(tensor, out[name])
-        x, mask, _ = net.rows(golden.batch, out["label_ids"].tolist())
-        hidden = golden.llm(x, mask, net.beginning())[:, -out["label_ids"].size(1) - 1:-1]
+        x, real, _ = net.rows(golden.batch, out["label_ids"].tolist())
+        hidden = golden.llm(x, real)[:, -out["label_ids"].size(1) - 1:-1]
         logprob = golden.llm.logits(hidden).log_softmax(dim=-1)
     close(logprob.gather(-1, out["label_ids"][..., None])[..., 0], out["label_logprob"], 1e-4)
     close(logprob.gather(-1, out["top_ids"]), out["top_logprob"], 1e-4)
@@ -197,8 +199,7 @@ def test_loss_and_gradients(golden):
 def test_answers(golden):
     net = golden.net()
     if not net.reread:                  # plain decoding, but for ChatGLM3
-        before = golden.llm.embed(torch.tensor([net.before])).expand(4, -1, -1)
-        x = torch.cat((before, net.rows(golden.batch)[0]), dim=1)
+        x, _, _ = net.rows(golden.batch)
         ids = golden.llm.generate(x, net.answer_len, eos_id=net.eos_id)
         assert ids.tolist() == golden.info["generated_ids"]
     assert net.answer(golden.batch) == golden.info["generated_text"]

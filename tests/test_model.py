@@ -6,14 +6,14 @@ import math
 
 import pytest
 import torch
-from torch.nn import RMSNorm
 import torch.nn.functional as F
 from bench import kept_bytes
 from conftest import TINY, near, need_shared, need_smollm2, published_tensors, recipe
 from conftest import tiny_tensors, write_checkpoint
+from torch.nn import RMSNorm
 
 from data import load_tokenizer
-from model import LLM, MLP, Config, KVCache, apply_rope, at_real, load_llm, rope_table
+from model import LLM, MLP, Config, KVCache, apply_rope, load_llm, rope_table
 
 # ---------------------------------------------------------------------------------------------------------
 # The same transformer a second time: one row, one head, one position at a time, on the published tensors
@@ -136,12 +136,11 @@ def test_rms_norm():
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("width", [4, 6])
 def test_rope_is_a_complex_rotation_by_position(interleaved, width):
-    c, x = config(rope_dim=width), random("rope.x", 2, 3, 7, 6)         # B, heads, T, D
-    positions = torch.tensor([[0, 1, 2, 3, 4, 5, 6], [0, 0, 0, 1, 2, 60, 7]])
-    ours = apply_rope(x, rope_table(positions, c), interleaved)
-    how = c.rope_theta, width, interleaved
-    for row, at in enumerate(positions.tolist()):
-        near(ours[row], torch.stack([slow_rope(head, at, *how) for head in x[row]]))
+    c, x = config(rope_dim=width), random("rope.x", 7, 3, 6)            # N, heads, D
+    positions = [0, 1, 2, 0, 2, 60, 7]
+    ours = apply_rope(x, rope_table(torch.tensor(positions), c), interleaved)
+    for head in range(3):
+        near(ours[:, head], slow_rope(x[:, head], positions, c.rope_theta, width, interleaved))
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
@@ -150,7 +149,7 @@ def test_attention_reads_grouped_heads(interleaved):
     attention = llm.blocks[0].attn
     q, k, v = attention.qkv(x[0]).split([6 * 6, 2 * 6, 2 * 6], dim=1)
     expected = slow_attention(q, k, v, 6, range(5), llm.config.rope_theta, 4, interleaved)
-    near(attention(x, llm.places(x, None, None))[0], attention.out(expected))
+    near(attention(x[0], llm.places(x, None, None, None)), attention.out(expected))
 
 
 def test_mlp():
@@ -159,20 +158,28 @@ def test_mlp():
 
 
 def test_block_has_two_residuals():
-    llm, x = filled(LLM(config())), random("block.x", 2, 5, 20)
-    block, places = llm.blocks[0], llm.places(x, None, None)
+    llm, rows = filled(LLM(config())), random("block.x", 2, 5, 20)
+    block, places, x = llm.blocks[0], llm.places(rows, None, None, None), rows.flatten(0, 1)
     h = x + block.attn(block.attn_norm(x), places)
     near(block(x, places), h + block.mlp(block.mlp_norm(h)))
 
 
-def test_a_module_at_the_real_positions_alone():
-    module, x, seen = torch.nn.Linear(4, 6).double(), random("real.x", 2, 3, 4), []
-    module.register_forward_hook(lambda part, inputs, output: seen.append(inputs[0].shape))
-    everywhere, real = module(x), torch.tensor([1, 2, 5])               # row 0 has one of padding, row 1 two
-    some = at_real(module, x, real)
-    near(some.flatten(0, 1)[real], everywhere.flatten(0, 1)[real])
-    assert some.shape == (2, 3, 6) and not some[0, 0].any() and not some[1, :2].any()
-    assert seen[1] == (3, 4) and torch.equal(at_real(module, x, None), everywhere)
+def test_padding_is_packed_away_and_back():
+    llm, x = filled(LLM(config())), random("packed.x", 2, 3, 20)
+    real = torch.tensor([[False, True, True], [False, False, True]])
+    places = llm.places(x, real, None, None)
+    assert torch.equal(places.pack(x), x[real]) and places.rope[0].shape == (3, 1, 2)
+    assert torch.equal(places.unpack(x[real]), x * real[..., None])
+    everywhere = llm.places(x, None, None, None)
+    assert everywhere.pack(x).data_ptr() == x.data_ptr()                # where all is real, nothing is copied
+    assert everywhere.unpack(everywhere.pack(x)).data_ptr() == x.data_ptr()
+
+
+def test_what_each_position_sees():
+    llm, x = filled(LLM(config())), random("seen.x", 2, 3, 20)
+    real = torch.tensor([[False, True, True], [True, True, True]])
+    sees = llm.places(x, real, None, None).sees[:, 0].int().tolist()
+    assert sees == [[[1, 0, 0], [0, 1, 0], [0, 1, 1]], [[1, 0, 0], [1, 1, 0], [1, 1, 1]]]   # padding sees itself
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -264,12 +271,6 @@ def padded(llm, lengths):
     return rows, x, real
 
 
-def behind(llm, ids, x, real):
-    """Rows x and their mask with these tokens before them: (B, n + T, C), (B, n + T)."""
-    start = llm.embed(torch.tensor([ids] * len(x), dtype=torch.long))
-    return torch.cat((start, x), dim=1), F.pad(real, (len(ids), 0), value=True)
-
-
 def read(llm, x, target, *how):
     """Hidden states of the rows x, and the gradient at x of their product with the target."""
     x = x.detach().requires_grad_()
@@ -277,24 +278,20 @@ def read(llm, x, target, *how):
     return hidden.detach(), *torch.autograd.grad(hidden, x, target)
 
 
-BEFORE = pytest.mark.parametrize("before", [[], [3, 1, 4]], ids=["whole", "behind a beginning"])
 LENGTHS = pytest.mark.parametrize("lengths", [[9, 9], [9, 1, 4]], ids=["full", "padded"])
 
 
-@BEFORE
 @pytest.mark.parametrize("recompute", [0, 2, 3])
-def test_padded_rows_equal_rows_alone(llm, before, recompute):
+def test_padded_rows_equal_rows_alone(llm, recompute):
     rows, x, real = padded(llm, [9, 1, 4])
     target = random("target", *x.shape) * real[..., None]
-    cache = llm.read(before) if before else None
-    hidden, gradient = read(llm, x, target, behind(llm, before, x, real)[1], cache, recompute)
+    hidden, gradient = read(llm, x, target, real, None, recompute)
     for row, h, g, t in zip(rows, hidden, gradient, target):
-        whole, T = behind(llm, before, row, real)[0], row.size(1)
-        alone = read(llm, whole, F.pad(t[None, -T:], (0, 0, len(before), 0)))
-        near(h[-T:], alone[0][0, -T:])
-        near(g[-T:], alone[1][0, -T:])
+        T = row.size(1)
+        alone = read(llm, row, t[None, -T:])
+        near(h[-T:], alone[0][0])
+        near(g[-T:], alone[1][0])
     assert not gradient[~real].any() and gradient[real].any(dim=-1).all()
-    assert llm.places(x, real, None).sees.any(dim=-1).all()             # a softmax over nothing may be NaN
 
 
 @LENGTHS
@@ -311,7 +308,7 @@ def test_the_last_positions_equal_those_of_the_whole(llm, lengths, last, recompu
     near(found[1], gradient)
     cache = KVCache(llm.config.n_layer)
     llm(x[:, :2], None if mask is None else mask[:, :2], cache)
-    near(llm(x[:, 2:], mask, cache, 0, last) * wanted, expected[:, -last:] * wanted)
+    near(llm(x[:, 2:], None if mask is None else mask[:, 2:], cache, 0, last) * wanted, expected[:, -last:] * wanted)
 
 
 def test_what_nobody_asks_for_is_not_computed(llm):
@@ -323,7 +320,7 @@ def test_what_nobody_asks_for_is_not_computed(llm):
     for handle in handles:
         handle.remove()
     n, asked = 9 + 1 + 4, 3 * 2
-    assert counts == [n] * 4 * (llm.config.n_layer - 1) + [n, asked, asked, asked]
+    assert counts == [n] * 4 * (llm.config.n_layer - 1) + [n, n, asked, asked]
 
 
 @LENGTHS
@@ -333,37 +330,34 @@ def test_cached_equals_full(llm, lengths, split):
     cache, hidden, end = KVCache(llm.config.n_layer), [], 0
     for part in split:
         start, end = end, end + part
-        mask = None if real.all() else real[:, :end]
+        mask = None if real[:, start:end].all() else real[:, start:end]
         hidden.append(llm(x[:, start:end], mask, cache))
-        assert cache.length == end
+        assert cache.layers[-1][0].size(2) == end and torch.equal(cache.real, real[:, :end])
     near(torch.cat(hidden, dim=1)[real], llm(x, None if real.all() else real)[real])
 
 
-def test_a_frozen_cache_stores_nothing_and_a_copy_is_its_own(llm):
-    cache, x = llm.read([3, 1, 4]), padded(llm, [6, 6])[1]
-    kept = [[t.clone() for t in layer] for layer in cache.layers]
-    hidden = llm(x, cache=cache)
-    assert cache.frozen and torch.equal(llm(x, cache=cache), hidden)
-    copy = cache.copy()
-    near(llm(x, cache=copy), hidden)
-    second = copy.copy()
-    llm(x, cache=second)
-    llm.generate(x, 2, cache=copy)                                      # of a cache that would store, too
-    assert (cache.length, copy.length, second.length) == (3, 9, 15)
-    assert all(torch.equal(a, b) for layer, old in zip(cache.layers, kept) for a, b in zip(layer, old))
+def test_a_copy_of_a_cache_is_its_own(llm):
+    rows, x, real = padded(llm, [6, 2])
+    cache = KVCache(llm.config.n_layer)
+    llm(x, real, cache)
+    before = [[t.clone() for t in layer] for layer in cache.layers]
+    more = random("more", 2, 3, llm.config.dim)
+    hidden = llm(more, None, cache.copy())
+    assert torch.equal(llm(more, None, cache.copy()), hidden)           # nothing was stored in the first
+    assert all(torch.equal(a, b) for layer, old in zip(cache.layers, before) for a, b in zip(layer, old))
+    for row, new, h in zip(rows, more, hidden):
+        near(llm(torch.cat((row[0], new))[None])[0, -3:], h)
 
 
-def test_positions_start_anew_at_the_origin_and_still_see_what_is_cached(llm):
+def test_positions_can_start_anew_and_still_see_what_is_cached(llm):
     first, second, family = [3, 141, 59, 26], [5, 35, 89, 79, 3], llm.config.family
     positions = [*range(4), *range(5), *range(5)]
     expected = slow_llm(TINY[family], tiny_tensors(family), first + second + second, positions)
     cache = KVCache(llm.config.n_layer)
     near(logits(llm, first, cache), expected[:4])
-    cache.origin = 4
-    near(logits(llm, second[:2], cache), expected[4:6])
-    near(logits(llm, second[2:], cache), expected[6:9])
-    cache.origin = 9
-    near(logits(llm, second, cache), expected[9:])
+    for end in (9, 14):
+        x = llm.embed(torch.tensor([second]))
+        near(llm.logits(llm(x, cache=cache, positions=torch.arange(5)[None]))[0], expected[end - 5:end])
 
 
 def test_more_positions_than_trained_for_are_refused():
@@ -374,12 +368,12 @@ def test_more_positions_than_trained_for_are_refused():
     with pytest.raises(ValueError, match="9 .* 8"):
         llm.generate(x[:, :7], 4)
     with pytest.raises(ValueError, match="9 .* 8"):
-        llm(x[:, :6], cache=llm.read([1, 2, 3]))
-    assert llm.generate(x[:, :7], 2).shape == (1, 2)
+        llm.generate(x[:, :7], 4, reread=True)
     cache = KVCache(2)
     llm(x[:, :8], cache=cache)
-    cache.origin = 8
-    assert llm(x[:, :8], cache=cache).shape == (1, 8, 20)  # cached ones before the origin do not count
+    with pytest.raises(ValueError, match="9 .* 8"):
+        llm(x[:, :1], cache=cache)
+    assert llm.generate(x[:, :7], 2).shape == llm.generate(x[:, :7], 2, reread=True).shape == (1, 2)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -395,15 +389,25 @@ def slow_generate(llm, x, n):
     return ids
 
 
-@BEFORE
-def test_generate_returns_the_new_tokens(llm, before):
+def test_generate_returns_the_new_tokens(llm):
     rows, x, real = padded(llm, [9, 1, 4])
-    cache, mask = llm.read(before) if before else None, behind(llm, before, x, real)[1]
-    expected = [slow_generate(llm, behind(llm, before, row, real)[0], 6) for row in rows]
+    expected = [slow_generate(llm, row, 6) for row in rows]
     for n in (6, 1):
-        assert llm.generate(x, n, mask, cache=cache).tolist() == [ids[:n] for ids in expected]
-    assert llm.generate(rows[0], 6, cache=cache).tolist() == expected[:1]       # a batch of one, no mask
-    assert llm.generate(x, 0, mask, cache=cache).shape == (3, 0)
+        assert llm.generate(x, n, real).tolist() == [ids[:n] for ids in expected]
+    assert llm.generate(rows[0], 6).tolist() == expected[:1]            # a batch of one, no mask
+    assert llm.generate(x, 0, real).shape == (3, 0)
+
+
+def test_reading_again_sees_all_that_was_read_before(llm):
+    """As the release's ChatGLM3: rows from position 0 on, behind all earlier readings of them."""
+    first = [3, 141, 59, 26]
+    ids, positions, new = list(first), list(range(4)), []
+    raw = TINY[llm.config.family]
+    for _ in range(3):
+        new.append(slow_llm(raw, tiny_tensors(llm.config.family), ids, positions)[-1].argmax().item())
+        ids += first + new
+        positions += range(4 + len(new))
+    assert llm.generate(llm.embed(torch.tensor([first])), 3, reread=True).tolist() == [new]
 
 
 def test_generate_stops_at_the_end_token(tiny64):
@@ -445,37 +449,30 @@ def test_a_real_model_writes_its_story():
 # Recomputation
 
 
-@BEFORE
 @LENGTHS
-def test_recomputed_gradients_are_bit_equal(llm, before, lengths):
+def test_recomputed_gradients_are_bit_equal(llm, lengths):
     _, x, real = padded(llm, lengths)
-    mask = None if real.all() else behind(llm, before, x, real)[1]
-    cache, target = llm.read(before) if before else None, random("target", *x.shape)
-    plain = read(llm, x, target, mask, cache)
+    target = random("target", *x.shape)
+    plain = read(llm, x, target, real)
     for n in range(1, llm.config.n_layer + 1):
-        found = read(llm, x, target, mask, cache, n)
-        assert torch.equal(found[0], plain[0]) and torch.equal(found[1], plain[1])
+        ours = read(llm, x, target, real, None, n)
+        assert torch.equal(ours[0], plain[0]) and torch.equal(ours[1], plain[1])
 
 
 def test_recomputation_keeps_one_hidden_state_per_block():
-    llm, x = filled(LLM(config(n_layer=5))), random("x", 2, 9, 20).requires_grad_()
-    kept = [kept_bytes(llm, x, n) for n in range(6)]
+    llm, x = filled(LLM(config(n_layer=6))), random("x", 2, 9, 20).requires_grad_()
+    kept = [kept_bytes(llm, x, n) for n in range(7)]
     saved = [a - b for a, b in zip(kept, kept[1:])]                     # by each block more that recomputes
-    assert min(saved) > 8 * x.nbytes and kept[5] < 7 * x.nbytes  # five inputs, and what the last norm keeps
+    assert min(saved[:-1]) > 8 * x.nbytes and saved[-1] == 0            # the last block never does
+    one = kept_bytes(filled(LLM(config(n_layer=1))), x, 0)              # what the last block and norm keep
+    assert kept[-1] - one < 6 * x.nbytes
 
 
 def test_recomputation_refuses_what_it_would_get_wrong():
-    llm, x = filled(LLM(config())), random("x", 1, 2, 20).requires_grad_()
-    with pytest.raises(AssertionError, match="twice"):
-        llm(x, cache=KVCache(2), recompute=1)
+    llm, x = filled(LLM(config(n_layer=3))), random("x", 1, 2, 20).requires_grad_()
+    with pytest.raises(AssertionError, match="a second time"):
+        llm(x, cache=KVCache(3), recompute=1)
     llm.blocks[1].mlp.down.weight.requires_grad_(True)
     llm(x, recompute=1)
     with pytest.raises(AssertionError, match="frozen"):
         llm(x, recompute=2)
-
-
-def test_recomputation_refuses_a_cache_that_trains():
-    llm, x = filled(LLM(config())), random("x", 1, 2, 20).requires_grad_()
-    llm.embed.weight.requires_grad_(True)
-    with pytest.raises(AssertionError, match="frozen"):
-        llm(x, cache=llm.read([1, 2]), recompute=1)
