@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import SPLITS  # noqa: E402
-from extras.files import read_json  # noqa: E402
+from support.files import UserError, read_json  # noqa: E402
 
 COLUMNS = ("split", "label", "text", "file")
 SOUND_RATE = 16_000             # samples a second, mono
@@ -45,12 +45,15 @@ AVERAGED = 5                    # frames of 10 ms: 100 a second would be slow th
 PICTURE_RATE = 4                # a second; the other pictures are left out
 PICTURE_DIM = 512
 
+
 # --- One clip -----------------------------------------------------------------------------------------------
 def library(name: str):
     try:
         return importlib.import_module(name)
     except (ImportError, OSError, RuntimeError) as error:       # not there, or built for another torch
-        raise ValueError(f"{error}: pip install opensmile av torchvision, from the index that torch is from") from None
+        advice = "pip install opensmile av torchvision, from the index that torch is from"
+        raise UserError(f"{error}: {advice}") from None
+
 
 @cache
 def picture_encoder():
@@ -61,9 +64,10 @@ def picture_encoder():
         net = models.resnet18(weights=weights)
     except OSError as error:
         folder = f"{torch.hub.get_dir()}/checkpoints"
-        raise ValueError(f"{weights.url} was not downloaded ({error}); put it into {folder}") from None
+        raise UserError(f"{weights.url} was not downloaded ({error}); put it into {folder}") from None
     net.fc = torch.nn.Identity()                                # instead of 1000 classes
     return net.eval(), weights.transforms()
+
 
 @torch.inference_mode()
 def picture_features(frame) -> np.ndarray:
@@ -72,18 +76,23 @@ def picture_features(frame) -> np.ndarray:
     picture = torch.from_numpy(frame.to_ndarray(format="rgb24")).permute(2, 0, 1)
     return net(prepare(picture)[None])[0].numpy()
 
+
 def sound_features(samples: np.ndarray) -> np.ndarray:
     """(La, 25)"""
     smile = library("opensmile")
     encoder = smile.Smile(smile.FeatureSet.eGeMAPSv02, smile.FeatureLevel.LowLevelDescriptors)
     x = encoder.process_signal(samples, SOUND_RATE).to_numpy()
-    return np.stack([x[i:i + AVERAGED].mean(axis=0) for i in range(0, len(x), AVERAGED)])
+    parts = [x[i:i + AVERAGED] for i in range(0, len(x), AVERAGED)]
+    return np.stack([part.mean(axis=0) for part in parts])
+
 
 def clip_features(path: Path) -> dict:
-    """{"audio": (La, 25), "video": (Lv, 512)}, Lv 0 without pictures. Raises ValueError for an unfit file."""
+    """{"audio": (La, 25), "video": (Lv, 512)}, Lv 0 without pictures. Raises UserError for an unfit file."""
     av = library("av")
     resampler = av.AudioResampler(format="flt", layout="mono", rate=SOUND_RATE)
-    sound, video, due = [], [], 0.0                             # due: seconds, of the next picture
+    sound = []
+    video = []
+    due = 0.0                                                   # seconds, of the next picture
     try:
         with av.open(str(path), metadata_errors="replace") as file:
             start = (file.start_time or 0) / av.time_base
@@ -95,13 +104,15 @@ def clip_features(path: Path) -> dict:
                     video.append(picture_features(frame))
                     due = (math.floor((frame.time - start) * PICTURE_RATE) + 1) / PICTURE_RATE
     except av.FFmpegError as error:
-        raise ValueError(f"{path}: FFmpeg cannot read it ({error.strerror})") from None
+        raise UserError(f"{path}: FFmpeg cannot read it ({error.strerror})") from None
     sound += resampler.resample(None)                           # what it held back
     seconds = sum(piece.samples for piece in sound) / SOUND_RATE
     if seconds < SHORTEST:
-        raise ValueError(f"{path}: {seconds:.2f} s of sound; expected at least {SHORTEST} s")
-    audio = sound_features(np.concatenate([piece.to_ndarray()[0] for piece in sound]))
-    return {"audio": audio, "video": np.reshape(video, (-1, PICTURE_DIM)).astype(np.float32)}
+        raise UserError(f"{path}: {seconds:.2f} s of sound; expected at least {SHORTEST} s")
+    samples = np.concatenate([piece.to_ndarray()[0] for piece in sound])
+    video = np.reshape(video, (-1, PICTURE_DIM))                # also where there is no picture
+    return {"audio": sound_features(samples), "video": video.astype(np.float32)}
+
 
 # --- The scale: {"audio": (25 means, 25 standard deviations), "video": ... if training has any} -------------
 def measure(clips: list) -> dict:
@@ -109,10 +120,12 @@ def measure(clips: list) -> dict:
     for kind in clips[0]:
         x = np.concatenate([clip[kind] for clip in clips]).astype(np.float64)
         if len(x) > 0:
-            mean, std = x.mean(axis=0), x.std(axis=0)
+            mean = x.mean(axis=0)
+            std = x.std(axis=0)
             std[std <= 1e-6 * np.abs(mean)] = 1                 # it never changes, but for rounding
             scale[kind] = mean.tolist(), std.tolist()
     return scale
+
 
 def scaled(clip: dict, scale: dict) -> dict:
     """The clip's features on this scale; no frames of a kind that training has none of."""
@@ -121,9 +134,10 @@ def scaled(clip: dict, scale: dict) -> dict:
         x[kind] = ((clip[kind] - mean) / std).astype(np.float32)
     return x
 
+
 # --- A data set, and a new clip for it ----------------------------------------------------------------------
 def read_rows(path: Path) -> list:
-    """The csv's rows, {column: text}. Raises ValueError; it counts rows as a spreadsheet does."""
+    """The csv's rows, {column: text}. Raises UserError; it counts rows as a spreadsheet does."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             delimiter = max(",;\t", key=file.readline().count)  # Excel's is ";" in much of Europe
@@ -133,17 +147,18 @@ def read_rows(path: Path) -> list:
             while rows and not any(rows[-1].values()):          # as a spreadsheet may end
                 rows.pop()
     except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path}: not a csv in UTF-8 ({error}); a new clip comes after its csv") from None
+        raise UserError(f"{path}: not a csv in UTF-8 ({error}); a new clip comes after its csv") from None
     if not set(COLUMNS).issubset(reader.fieldnames or []):
-        raise ValueError(f"{path}: columns {reader.fieldnames}; expected {', '.join(COLUMNS)}")
+        raise UserError(f"{path}: columns {reader.fieldnames}; expected {', '.join(COLUMNS)}")
     found = sorted({row["split"] for row in rows})
     if found != sorted(SPLITS):
-        raise ValueError(f"{path}: its splits are {found}; expected rows of each of {', '.join(SPLITS)}")
+        raise UserError(f"{path}: its splits are {found}; expected rows of each of {', '.join(SPLITS)}")
     for n, row in enumerate(rows, start=2):
         clip = path.parent / row["file"]
         if None in row or not clip.is_file():                   # None: what has no column
-            raise ValueError(f"{path}, row {n}: no such file, {clip}, or a text with {delimiter!r}, unquoted")
+            raise UserError(f"{path}, row {n}: no such file, {clip}, or a text with {delimiter!r}, unquoted")
     return rows
+
 
 def number(label: str) -> str | float:
     """An intensity as a number, a class as it is."""
@@ -152,22 +167,27 @@ def number(label: str) -> str | float:
     except ValueError:
         return label
 
+
 def write_dataset(path: Path, scale_file: Path):
     rows = read_rows(path)
     with tqdm(rows, unit="clip") as bar:
         clips = [clip_features(path.parent / row["file"]) for row in bar]
-    scale = measure([clip for row, clip in zip(rows, clips) if row["split"] == "train"])
+    train = [clip for row, clip in zip(rows, clips) if row["split"] == "train"]
+    scale = measure(train)
     scale_file.write_text(json.dumps(scale))
     entries = {split: [] for split in SPLITS}
     for row, clip in zip(rows, clips):
         x = scaled(clip, scale)
-        features = {"text": row["text"], **x, "audio_len": len(x["audio"]), "video_len": len(x["video"])}
+        features = {"text": row["text"], **x}
+        features["audio_len"] = len(x["audio"])
+        features["video_len"] = len(x["video"])
         entry = {"id": row["file"], "label": number(row["label"]), "features": features}
         entries[row["split"]].append(entry)
     for split in SPLITS:
         target = path.with_name(f"{path.stem}_{split}.pkl")
         target.write_bytes(pickle.dumps(entries[split], protocol=4))
         print(f"{target}: {len(entries[split])} rows")
+
 
 def write_clip(path: Path, scale_file: Path):
     """Prints the arrays' files as eval.py's flags."""
@@ -177,6 +197,7 @@ def write_clip(path: Path, scale_file: Path):
             target = path.with_suffix(f".{kind}.npy")
             np.save(target, frames)
             print(f"--{kind} {target}")
+
 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
@@ -190,10 +211,11 @@ def main(argv=None) -> int:
             write_clip(args.clip, scale_file)
         else:
             write_dataset(args.csv, scale_file)
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
 
 if __name__ == "__main__":
     sys.exit(main())

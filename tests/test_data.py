@@ -15,6 +15,7 @@ import torch
 from conftest import HERE, need_shared
 
 import data
+import support.check
 from data import FEATURES, SPLITS, TASKS, DataError, clean, collate, find_data, find_llm, load_split
 
 pytestmark = pytest.mark.filterwarnings("error")            # a warning is a failure
@@ -74,6 +75,17 @@ def check(capsys, *argv) -> tuple[int, str, str]:
     code = data.main(list(map(str, argv)))
     printed = capsys.readouterr()
     return code, printed.out, printed.err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Words
+
+
+@pytest.mark.parametrize("name, text, label", [("meld", "Oh my God!", 4), ("mosei", "It was not funny.", -1.6)])
+def test_the_rows_in_the_docstring_are_what_is_said(name, text, label):
+    words, shown = TASKS[name].wording("llama"), " ".join(data.Wording.__doc__.split())
+    row = f"{words.bos[0]}{words.open}PPPP{text}{words.close}{words.prompt}{words.label(label)}"
+    assert f" {row} " in f"{shown} "
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -230,7 +242,9 @@ FAULTS = {          # what a row holds instead, and what is said of it
     "labels": (dict(label=np.zeros(2)), r"the label array\(\[0., 0.\]\); expected neutral"),
     "negative length": (dict(video_len=-1), "the video length -1; expected 0 to its 6 frames"),
     "half a frame": (dict(video_len=2.5), "the video length 2.5; expected 0 to"),
+    "lengths": (dict(video_len=np.array([1, 2])), r"the video length array\(\[1, 2\]\); expected 0 to its 6 frames"),
     "text": (dict(text=None), "a text that is None; expected a string, '' for none"),
+    "texts": (dict(text=np.array(["a", "b"])), r"a text that is array\(\['a', 'b'\], .*\); expected a string"),
     "width": (dict(audio=np.zeros((6, 4), "f4")), "4 audio features; expected 5, as most rows"),
     "no width": (dict(audio=np.zeros((6, 0), "f4")), r"audio that is float32 \(6, 0\); expected numbers"),
     "one axis": (dict(video=np.zeros(3, "f4")), r"video that is float32 \(3,\); expected numbers"),
@@ -317,7 +331,7 @@ def test_a_likely_mistake_is_a_problem_but_no_refusal(tmp_path, capsys, case):
 
 
 def test_fine_texts_are_no_problem():
-    assert not [text for text in FINE if data.WRONG_TEXT.search(text)]
+    assert not [text for text in FINE if support.check.WRONG_TEXT.search(text)]
 
 
 def without_lengths(table):
@@ -537,6 +551,17 @@ def test_exit_codes_of_the_command(tmp_path):
     run = subprocess.run([sys.executable, HERE.parent / "data.py", "meld", "--data-dir", tmp_path], capture_output=True,
                          encoding="utf-8", env={"PATH": "", "PYTHONUTF8": "1"})
     assert run.returncode == 1 and "problem: train row 2 has the label 'joyful'" in run.stdout and run.stderr == ""
+
+
+def test_a_mistake_in_the_code_is_no_refusal(tmp_path, monkeypatch):
+    def mistaken(*_):
+        raise ValueError("no shape that fits")
+
+    task = TASKS["meld"]
+    write(tmp_path, task, make_splits(task, audio_dim=5, video_dim=3))
+    monkeypatch.setattr(data, "check", mistaken)
+    with pytest.raises(ValueError, match="no shape that fits"):
+        data.main(["meld", "--data-dir", str(tmp_path)])
 
 
 def test_real_meld_passes(capsys):

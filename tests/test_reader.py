@@ -18,7 +18,8 @@ import pytest
 import torch
 
 from conftest import need_shared
-from data import DataError, read_pickle
+from support.files import DataError
+from support.pickles import read_pickle
 
 PROTOCOLS = (2, 3, 4, 5)
 DTYPES = "b1 i1 u1 <i2 >i2 <u4 >i8 <u8 <f2 >f2 <f4 >f4 <f8 >f8 <U3 >U5 S4".split()

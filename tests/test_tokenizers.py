@@ -14,7 +14,7 @@ import tokenizers
 from conftest import need_shared, need_smollm2
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from data import CHATGLM3_SPECIALS, QWEN_SPECIALS, SPELL, ByteBPE, load_tokenizer, special_names
+from support.tokenizers import CHATGLM3_SPECIALS, QWEN_SPECIALS, SPELL, ByteBPE, load_tokenizer, special_names
 
 # As published; GPT-2's stands in `tokenizers` itself, as ByteLevel's own
 QWEN2 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"

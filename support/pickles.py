@@ -12,8 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-class DataError(ValueError):
-    """The one exception for data that cannot be used: the file, what was found and expected, what to do."""
+from support.files import DataError
 
 ADVICE = (      # what was found, as a pattern, and what to do about it
     ("version https://git-lfs", "this only points to the data: fetch them with `git lfs pull`"),
@@ -34,6 +33,7 @@ LENGTH = {"SHORT_BINUNICODE": 1, "BINUNICODE": 4, "BINUNICODE8": 8,
           "BINBYTES": 4, "BINBYTES8": 8, "BYTEARRAY8": 8}
 OPCODES = {ord(op.code): op for op in pickletools.opcodes}
 
+
 def read_pickle(path) -> object:
     """The plain data in a pickle, protocols 2 to 5, numpy 1 or 2. Raises DataError for everything else.
 
@@ -46,21 +46,38 @@ def read_pickle(path) -> object:
         with open(path, "rb") as file:
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         return PickleMachine(data).run()
+    except DataError as error:
+        found = str(error)
     except Exception as error:              # of any type: who knows what a broken file leads to
-        found = str(error) if isinstance(error, DataError) else f"cannot be read ({error!r})"
+        found = f"cannot be read ({error!r})"
     if data.find(b"\n", 0) > 0 and not re.search(rb"(?<!\r)\n", data):
         found += r" and has \n only behind \r"
-    advice = next(advice for pattern, advice in ADVICE if re.search(pattern, found))
-    raise DataError(f"{path} {found:.250}; {advice}")
+    for pattern, advice in ADVICE:          # the last fits whatever was found
+        if re.search(pattern, found):
+            raise DataError(f"{path} {found:.250}; {advice}")
+
 
 @dataclass
 class Named:
     """Stands for what the pickle names or begins to describe; once described, `made` is the real object."""
     text: str                               # a function or class, the code of a dtype, or "array"
 
+
 class PickleMachine:
+    """Follows the pickle's instructions. It has stacks of objects: each mark begins another one, on top.
+
+        [1, "a"], protocol 4            the stacks after each instruction
+        EMPTY_LIST                      [[]]
+        MARK                            [[]]  []
+        BININT1 1                       [[]]  [1]
+        SHORT_BINUNICODE "a"            [[]]  [1, "a"]
+        APPENDS                         [[1, "a"]]
+    """
+
     def __init__(self, data: mmap.mmap):
-        self.data, self.memo, self.stacks = data, {}, [[]]      # each mark begins another stack
+        self.data = data
+        self.memo = {}
+        self.stacks = [[]]
         self.budget = (32 << 20) + 24 * len(data)               # bytes of memory: plain data needs less
 
     def spend(self, cost):
@@ -68,67 +85,78 @@ class PickleMachine:
         if self.budget < 0:
             raise DataError("would take far more memory than its size")
 
-    def take(self, op) -> list:
-        """The objects that an instruction takes from the stack: so many, or also all since the last mark."""
-        n, items = len(op.stack_before), []
-        if pickletools.stackslice in op.stack_before:
-            n, items = n - 2, self.stacks.pop()
-        return [self.stacks[-1].pop() for _ in range(n)][::-1] + items
-
     def run(self):
         """Follows the instructions to the last and returns the one object that they leave on the stack."""
-        data, memo = self.data, self.memo
+        data = self.data
         if not re.match(rb"\x80[\x02-\x05]", data):
             raise DataError(f"starts with {data[:64].lstrip()[:24]!r}")
-        while (op := OPCODES[data.read_byte()]).name != "STOP":
+        while True:
+            op = OPCODES[data.read_byte()]
+            if op.name == "STOP":
+                break
             if op.arg is None and op.name not in CONSTANTS:
                 self.spend(64)              # what a container or memo entry takes; in the file, one byte
-            items = self.take(op) if op.stack_before else []
-            push = self.stacks[-1].append
-            match op.name:
-                case "BINGET" | "LONG_BINGET":
-                    found = memo[op.arg.reader(data)]
-                    push(getattr(found, "made", found))
-                case "MEMOIZE" | "BINPUT" | "LONG_BINPUT":
-                    self.stacks[-1] += items                    # what MEMOIZE took
-                    slot = op.arg.reader(data) if op.arg else len(memo)
-                    memo[slot] = self.stacks[-1][-1]
-                case "MARK":
-                    self.stacks.append([])
-                case name if name in LENGTH:
-                    n = int.from_bytes(data.read(LENGTH[name]), "little")
-                    data.seek(n, os.SEEK_CUR)       # raises beyond the end
-                    raw = memoryview(data)[data.tell() - n:data.tell()]
-                    push(str(raw, "utf-8") if "UNICODE" in name else raw)
-                case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT" | "SHORT_BINBYTES":
-                    push(op.arg.reader(data))
-                case "NONE" | "NEWTRUE" | "NEWFALSE":
-                    push(CONSTANTS[op.name])
-                case "EMPTY_LIST" | "EMPTY_DICT" | "EMPTY_TUPLE" | "TUPLE1" | "TUPLE2" | "TUPLE3" | "TUPLE":
-                    push(op.stack_after[0].obtype(items))       # list, dict or tuple
-                case "APPEND" | "APPENDS":
-                    push(items[0])
-                    items[0].extend(items[1:])
-                case "SETITEM" | "SETITEMS":
-                    if not {str}.issuperset(map(type, items[1::2])):    # others could be chosen to collide
-                        raise DataError("has a dict whose keys are not all text")
-                    push(items[0])
-                    items[0].update(zip(items[1::2], items[2::2], strict=True))
-                case "GLOBAL":
-                    push(Named(op.arg.reader(data).replace(" ", ".")))
-                case "STACK_GLOBAL":
-                    push(Named(".".join(items)))
-                case "REDUCE" | "BUILD":
-                    push(self.make(*items))
-                case "PROTO" | "FRAME":     # of use only to readers of streams
-                    op.arg.reader(data)
-                case _:
-                    names = [x.text for x in items if type(x) is Named]
-                    raise DataError(f"has the instruction {op.name} {ascii(names)}")
+            self.follow(op)
         [[root]] = self.stacks              # one object, or it raises
         if data.tell() < len(data):
             raise ValueError("more follows the pickle")
         return self.check(root)
+
+    def take(self, op) -> list:
+        """The objects that an instruction takes from the stack: so many, or also all since the last mark."""
+        n = len(op.stack_before)
+        since_mark = []
+        if pickletools.stackslice in op.stack_before:
+            n -= 2                          # the mark, and what stands for all behind it
+            since_mark = self.stacks.pop()
+        items = [self.stacks[-1].pop() for _ in range(n)]
+        return items[::-1] + since_mark
+
+    def follow(self, op):
+        """One instruction. What is not listed here is refused."""
+        data, memo = self.data, self.memo
+        items = self.take(op)
+        push = self.stacks[-1].append
+        match op.name:
+            case "BINGET" | "LONG_BINGET":
+                found = memo[op.arg.reader(data)]
+                push(getattr(found, "made", found))
+            case "MEMOIZE" | "BINPUT" | "LONG_BINPUT":
+                self.stacks[-1] += items                        # what MEMOIZE took
+                slot = op.arg.reader(data) if op.arg else len(memo)
+                memo[slot] = self.stacks[-1][-1]
+            case "MARK":
+                self.stacks.append([])
+            case name if name in LENGTH:
+                n = int.from_bytes(data.read(LENGTH[name]), "little")
+                data.seek(n, os.SEEK_CUR)                       # raises beyond the end
+                raw = memoryview(data)[data.tell() - n:data.tell()]
+                push(str(raw, "utf-8") if "UNICODE" in name else raw)
+            case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT" | "SHORT_BINBYTES":
+                push(op.arg.reader(data))
+            case "NONE" | "NEWTRUE" | "NEWFALSE":
+                push(CONSTANTS[op.name])
+            case "EMPTY_LIST" | "EMPTY_DICT" | "EMPTY_TUPLE" | "TUPLE1" | "TUPLE2" | "TUPLE3" | "TUPLE":
+                push(op.stack_after[0].obtype(items))           # list, dict or tuple
+            case "APPEND" | "APPENDS":
+                push(items[0])
+                items[0].extend(items[1:])
+            case "SETITEM" | "SETITEMS":
+                if not {str}.issuperset(map(type, items[1::2])):        # others could be chosen to collide
+                    raise DataError("has a dict whose keys are not all text")
+                push(items[0])
+                items[0].update(zip(items[1::2], items[2::2], strict=True))
+            case "GLOBAL":
+                push(Named(op.arg.reader(data).replace(" ", ".")))
+            case "STACK_GLOBAL":
+                push(Named(".".join(items)))
+            case "REDUCE" | "BUILD":
+                push(self.make(*items))
+            case "PROTO" | "FRAME":         # of use only to readers of streams
+                op.arg.reader(data)
+            case _:
+                names = [x.text for x in items if type(x) is Named]
+                raise DataError(f"has the instruction {op.name} {ascii(names)}")
 
     def make(self, named, args):
         """What numpy would make of a call or of a description, but for one of "2 GiB" that has 8 bytes."""
@@ -170,8 +198,23 @@ class PickleMachine:
             raise DataError("has a name or half an array in the place of data")
         if depth == 0:
             raise DataError("has containers more than 16 deep")
-        if type(x) in (dict, list, tuple):
-            for part in x.values() if type(x) is dict else x:
-                self.check(part, depth - 1)
+        parts = ()
+        if type(x) is dict:
+            parts = x.values()              # its keys are text
+        elif type(x) in (list, tuple):
+            parts = x
+        for part in parts:
+            self.check(part, depth - 1)
         return x
 
+
+def scalar(x):
+    """A number or text in the forms that writers give it, as Python's own: np.array([3.0]) -> 3, b"a" -> "a".
+    Anything else comes back as it is."""
+    if isinstance(x, (np.ndarray, np.generic)) and x.size == 1:
+        x = x.item()
+    if isinstance(x, float) and x.is_integer():
+        return int(x)
+    if isinstance(x, (bytes, memoryview)):
+        return str(x, "utf-8", "replace")
+    return x

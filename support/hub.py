@@ -1,7 +1,7 @@
 """The hub: its client, huggingface_hub, is optional, and knows cache, mirrors and tokens."""
 from pathlib import Path
 
-from extras.pickles import DataError
+from support.files import DataError
 
 LLM_FILES = ["*.json", "*.model", "*.tiktoken", "merges.txt", "*.safetensors"]
 HUB_ADVICE = {      # for each kind of error of its client
@@ -10,13 +10,28 @@ HUB_ADVICE = {      # for each kind of error of its client
     "GatedRepoError": "accept the licence on its page at the hub, make a token there, run: hf auth login",
 }
 
+
+def find_llm(name, fetch: bool = False) -> Path:
+    """The checkpoint's folder, given that or a hub name. Raises DataError that says how to get it."""
+    if Path(name).is_dir():
+        return Path(name)
+    folder = hub_folder(str(name), "model", LLM_FILES, fetch)
+    if folder is None:
+        raise DataError(f"{name}: no such backbone, neither as a folder nor in the hub's cache; name its "
+                        f"folder or get it: train.py --llm {name} --download, or: hf download {name}")
+    if fetch and not any(folder.glob("*.safetensors")):
+        hub_folder(str(name), "model", ["*.bin"], fetch)        # an old one has its weights in this format
+    return folder
+
+
 def hub_folder(repo: str, kind: str, files: list, fetch: bool) -> Path | None:
     """Where the hub's client keeps files of a "model" or "dataset". fetch: get them first, or DataError."""
     inner = "*/*" if kind == "model" else None          # a model's folders hold other formats
     try:
         from huggingface_hub import snapshot_download   # optional
-        return Path(snapshot_download(repo, repo_type=kind, allow_patterns=files, ignore_patterns=inner,
-                                      local_files_only=not fetch))
+        folder = snapshot_download(repo, repo_type=kind, allow_patterns=files, ignore_patterns=inner,
+                                   local_files_only=not fetch)
+        return Path(folder)
     except Exception as error:      # whatever its client raises
         if not fetch:
             return None
