@@ -10,7 +10,6 @@ import argparse
 import json
 import re
 import sys
-from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import nan
@@ -18,22 +17,24 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
-from adapter import MultimodalLLM, load_adapter
-from data import FEATURES, HERE, SPLITS, TASKS, Split, Task
-from data import collate, divide, find_llm, load_split, load_tokenizer
-from extras import backbone
-from extras.clip import clip_row, clip_text, found
-from extras.files import read_json
-from extras.guards import check_device, read_settings
-from extras.report import aligned, write_results
-from model import load_llm
+from adapter import AdapterError, MultimodalLLM, load_adapter
+from data import HERE, SPLITS, TASKS, Split, Task
+from data import collate, divide, find_llm, load_split, load_tokenizer, some_rows
+from model import CheckpointError, KVCache, load_llm
+from reports import backbone
+from reports.clip import clip_report, clip_row, clip_text
+from reports.clip import feature_range  # noqa: F401  (train.py writes it into a run's folder)
+from reports.tables import aligned, in_words, side_by_side, truth_table, write_results
+from support.files import UserError, read_json
+from support.guards import check_device
 
 # --- Answers: the LLM's text -> a number, or None -----------------------------------------------------------
-CLASS, INTENSITY = r"[0-9]+", r"[+-]?[0-9]+(\.[0-9]+)?"         # not \d, which takes "٣" too
-OFFICIAL = str.maketrans("–一", "--", "：:/(")                  # the release's: two become "-", four go
+CLASS = r"[0-9]+"                       # not \d, which takes "٣" too
+INTENSITY = r"[+-]?[0-9]+(\.[0-9]+)?"
+OFFICIAL = str.maketrans("–一", "--", "：:/(")          # the release's: two become "-", four go
+
 
 def parse_answer(text: str, task: Task, official: bool = False) -> float | None:
     """The number that an answer is, in the task's range or not; None where it is anything but one number.
@@ -42,154 +43,207 @@ def parse_answer(text: str, task: Task, official: bool = False) -> float | None:
     official: as in the release, float(), for intensities after its replacements; 0.0 where that fails.
     """
     if official:
+        if not task.labels:
+            text = text.translate(OFFICIAL)
         try:
-            return float(text if task.labels else text.translate(OFFICIAL))
+            return float(text)
         except ValueError:
             return 0.0
-    number = re.fullmatch(CLASS if task.labels else INTENSITY, text.strip())
+    pattern = CLASS if task.labels else INTENSITY
+    number = re.fullmatch(pattern, text.strip())
     return float(number[0]) if number else None
+
 
 def in_range(value: float, task: Task) -> bool:
     """Whether a parsed answer is one of the task's classes, or an intensity within its range."""
-    return value in task.values() if task.labels else task.range[0] <= value <= task.range[1]
+    if task.labels:
+        return value in task.values()
+    low, high = task.range
+    return low <= value <= high
 
-# --- Metrics: (pred, true) -> {name: value}. A prediction that is None, nan or no class is wrong.
 
+# --- Metrics: (pred, true) -> {name: value}. A prediction that is None, nan or no class is wrong. -----------
 def confusion(pred, true, n: int) -> np.ndarray:
-    """(n, n + 1) counts: row the true class, column the predicted one, the last one for no class at all."""
-    pred, true = np.asarray(pred, float), np.asarray(true, int)
+    """(n, n + 1) counts: row the true class, column the predicted one, the last one for no class at all.
+
+    pred [0, 1, 9], true [0, 0, 1], n 2  ->  [[1, 1, 0], [0, 0, 1]]
+    """
+    pred = np.asarray(pred, float)      # None becomes nan
+    true = np.asarray(true, int)
     assert pred.shape == true.shape, f"{pred.shape} predictions for {true.shape} true classes"
     assert ((0 <= true) & (true < n)).all(), f"a true class is not one of 0..{n - 1}"
-    column = np.where(np.isin(pred, np.arange(n)), pred, n).astype(int)
-    return np.bincount(true * (n + 1) + column, minlength=n * (n + 1)).reshape(n, n + 1)
+    is_class = np.isin(pred, np.arange(n))
+    pred = np.where(is_class, pred, n).astype(int)
+    counts = np.zeros((n, n + 1), int)
+    np.add.at(counts, (true, pred), 1)
+    return counts
 
-def per_class(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+
+def per_class(counts: np.ndarray) -> tuple:
     """Of each class in `counts`, as in scikit-learn: precision = hits / predicted, recall = hits / true,
     F1 = 2 hits / (predicted + true), 0 where that is 0 / 0, and support = true."""
-    hits, predicted, true = counts.diagonal(), counts[:, :-1].sum(axis=0), counts.sum(axis=1)
+    hits = counts.diagonal()
+    predicted = counts[:, :-1].sum(axis=0)          # how often each class was answered
+    true = counts.sum(axis=1)                       # how many rows are of it
+    precision = hits / np.maximum(predicted, 1)     # where nothing was predicted there are no hits: 0
+    recall = hits / np.maximum(true, 1)
     f1 = 2 * hits / np.maximum(predicted + true, 1)
-    return hits / np.maximum(predicted, 1), hits / np.maximum(true, 1), f1, true
+    return precision, recall, f1, true
 
-def accuracy_f1(pred, true) -> tuple[float, float, float]:
-    """The share of rows with pred = true; the classes' mean F1 by support; their plain mean, of true ones."""
-    if len(true) == 0:
-        return nan, nan, nan
-    counts = confusion(pred, true, int(np.max(true)) + 1)       # a class above is never true: its weight is 0
+
+def class_metrics(pred, true) -> dict:
+    """Emotion classes. accuracy: share of rows with pred = true; weighted_f1: the mean of the classes' F1 by
+    support; macro_f1: the plain mean over the classes that are true of any row. nan without rows."""
+    rows = len(true)
+    if rows == 0:
+        return dict.fromkeys(("accuracy", "weighted_f1", "macro_f1"), nan)
+    n = int(np.max(true)) + 1           # a class above is never true: its weight is 0
+    counts = confusion(pred, true, n)
     _, _, f1, support = per_class(counts)
-    accuracy, weighted_f1, macro_f1 = counts.trace(), f1 @ support, f1[support > 0].mean()
-    return float(accuracy / len(true)), float(weighted_f1 / len(true)), float(macro_f1)
+    return {
+        "accuracy": float(counts.trace() / rows),
+        "weighted_f1": float(f1 @ support / rows),
+        "macro_f1": float(f1[support > 0].mean()),
+    }
 
-def mae_corr_r2(pred: np.ndarray, true: np.ndarray) -> tuple[float, float, float]:
-    """mean |pred - true|; Pearson's r; 1 - mean (true - pred)^2 / variance of true."""
-    if len(true) == 0 or np.isnan(pred).any():
-        return nan, nan, nan
-    mae = float(np.abs(pred - true).mean())
-    if (true == true[0]).all():
-        return mae, nan, nan
-    r2 = float(1 - ((true - pred) ** 2).mean() / true.var())
-    if np.isinf(pred).any() or (pred == pred[0]).all():
-        return mae, nan, r2
-    return mae, float(np.corrcoef(pred, true)[0, 1]), r2
 
 def intensities(pred, true) -> np.ndarray:
     """(2, rows), pred and true, rounded to float32 as the release compares. Edges are rounded alike: a true
     0.4 is on the edge 0.4 be it stored as float32 or as 0.4000000000000001."""
     both = np.array([pred, true], float)
     assert both.ndim == 2 and np.isfinite(both[1]).all(), f"{both.shape}: ragged, or a truth is not finite"
-    with np.errstate(over="ignore"):                            # an answer of 1e300 becomes inf
+    with np.errstate(over="ignore"):    # an answer of 1e300 becomes inf
         return both.astype(np.float32).astype(float)
 
-def bins(x: np.ndarray, edges: list[float], right: bool = True) -> np.ndarray:
-    """The bin of each value, 0..len(edges), closed on the right or else on the left; nan is in none, -1."""
-    return np.where(np.isnan(x), -1, np.digitize(x, np.float32(edges), right))
 
-def whole(x: np.ndarray, top: int) -> np.ndarray:
+def range_metrics(pred, true) -> dict:
+    """Any intensities. mae: mean |pred - true|; corr: Pearson's r; r2: 1 - mean (true - pred)^2 / variance of
+    true. nan where undefined: a prediction is no number, all are the same, or all true values are."""
+    pred, true = intensities(pred, true)
+    scores = {"mae": nan, "corr": nan, "r2": nan}
+    if len(true) == 0 or np.isnan(pred).any():
+        return scores
+    # An answer without bounds (official) may be inf: then mae is inf, r2 -inf, and there is no corr.
+    error = pred - true
+    scores["mae"] = float(np.abs(error).mean())
+    if np.ptp(true) == 0:               # largest - least
+        return scores
+    scores["r2"] = float(1 - (error**2).mean() / true.var())
+    if np.isfinite(pred).all() and np.ptp(pred) > 0:
+        scores["corr"] = float(np.corrcoef(pred, true)[0, 1])
+    return scores
+
+
+def bins(x, edges: list, right: bool = True):
+    """The bin of each value, 0..len(edges), closed on the right or else on the left; nan is in none, -1.
+
+    [-1, 0, 1] with the edge 0  ->  [0, 0, 1], or closed on the left [0, 1, 1]
+    """
+    number = np.digitize(x, np.float32(edges), right)
+    return np.where(np.isnan(x), -1, number)
+
+
+def whole(x, top: int):
     """Values clipped to [-top, top] and rounded half to even, as classes 0..2 top."""
-    return np.round(np.clip(x, -top, top)) + top
+    return np.round(np.clip(x, -top, top)) + top        # numpy rounds 0.5 to 0 and 1.5 to 2
 
-def class_metrics(pred, true) -> dict[str, float]:
-    """Emotion classes. accuracy: share of rows with pred = true; weighted_f1: the mean of the classes' F1 by
-    support; macro_f1: the plain mean over the classes that are true of any row."""
-    return dict(zip(("accuracy", "weighted_f1", "macro_f1"), accuracy_f1(pred, true)))
 
-def mosei_metrics(pred, true) -> dict[str, float]:
+def mosei_metrics(pred, true) -> dict:
     """CMU-MOSEI and CMU-MOSI, intensities -3..3. F1 is weighted by support, over the two bins of its acc2.
 
     has0_*: pred >= 0 against true >= 0, all rows; non0_*: pred > 0 against true > 0, rows with true != 0;
     acc5, acc7: equal after clipping to [-2, 2], [-3, 3] and rounding half to even;
     mae: mean |pred - true|; corr: Pearson's r, both unclipped (but `score` clips, unless official).
     """
-    both = intensities(pred, true)
-    has0_acc2, has0_f1, _ = accuracy_f1(*bins(both, [0], right=False))
-    non0_acc2, non0_f1, _ = accuracy_f1(*bins(both[:, both[1] != 0], [0]))
-    acc5, *_ = accuracy_f1(*whole(both, 2))
-    acc7, *_ = accuracy_f1(*whole(both, 3))
-    mae, corr, _ = mae_corr_r2(*both)
-    return dict(has0_acc2=has0_acc2, has0_f1=has0_f1, non0_acc2=non0_acc2, non0_f1=non0_f1,
-                acc5=acc5, acc7=acc7, mae=mae, corr=corr)
+    both = intensities(pred, true)                      # (2, rows)
+    nonzero = both[:, both[1] != 0]                     # the rows whose truth is not 0
+    has0 = class_metrics(*bins(both, [0], right=False))
+    non0 = class_metrics(*bins(nonzero, [0]))
+    errors = range_metrics(*both)
+    return {
+        "has0_acc2": has0["accuracy"],
+        "has0_f1": has0["weighted_f1"],
+        "non0_acc2": non0["accuracy"],
+        "non0_f1": non0["weighted_f1"],
+        "acc5": class_metrics(*whole(both, 2))["accuracy"],
+        "acc7": class_metrics(*whole(both, 3))["accuracy"],
+        "mae": errors["mae"],
+        "corr": errors["corr"],
+    }
+
 
 SIMS_EDGES = [-0.7, -0.1, 0.1, 0.7]
+SIMS_BINS = ["[-1,-.7]", "(-.7,-.1]", "(-.1,.1]", "(.1,.7]", "(.7,1]"]
 
-def simsv2_metrics(pred, true) -> dict[str, float]:
+
+def simsv2_metrics(pred, true) -> dict:
     """CH-SIMS v2, intensities -1..1: both sides are clipped to that first. Bins are closed on the right.
 
     acc2, f1: cut at 0, with 0 negative, F1 weighted by support; weak_acc2: of the rows with |true| <= 0.4;
     acc3: cut at -0.1, 0.1; acc5: cut at -0.7, -0.1, 0.1, 0.7;
     mae: mean |pred - true|; corr: Pearson's r; r2: 1 - mean (true - pred)^2 / variance of true.
     """
-    both = np.clip(intensities(pred, true), -1, 1)
-    acc2, f1, _ = accuracy_f1(*bins(both, [0]))
-    weak_acc2, *_ = accuracy_f1(*bins(both[:, np.abs(both[1]) <= np.float32(0.4)], [0]))
-    acc3, *_ = accuracy_f1(*bins(both, [-0.1, 0.1]))
-    acc5, *_ = accuracy_f1(*bins(both, SIMS_EDGES))
-    mae, corr, r2 = mae_corr_r2(*both)
-    return dict(acc2=acc2, f1=f1, weak_acc2=weak_acc2, acc3=acc3, acc5=acc5, mae=mae, corr=corr, r2=r2)
+    both = np.clip(intensities(pred, true), -1, 1)      # (2, rows)
+    weak = both[:, np.abs(both[1]) <= np.float32(0.4)]  # the rows whose truth is near 0
+    two = class_metrics(*bins(both, [0]))
+    return {
+        "acc2": two["accuracy"],
+        "f1": two["weighted_f1"],
+        "weak_acc2": class_metrics(*bins(weak, [0]))["accuracy"],
+        "acc3": class_metrics(*bins(both, [-0.1, 0.1]))["accuracy"],
+        "acc5": class_metrics(*bins(both, SIMS_EDGES))["accuracy"],
+        **range_metrics(*both),
+    }
 
-def range_metrics(pred, true) -> dict[str, float]:
-    """Intensities that are all of one sign: how far off, and how well they follow. There is no 0 to cut at."""
-    mae, corr, r2 = mae_corr_r2(*intensities(pred, true))
-    return dict(mae=mae, corr=corr, r2=r2)
 
 def metrics_of(task: Task):
     """The task's metrics: of classes, of intensities from below 0 to above it, within -1..1 or beyond, or
-    of others."""
+    of others, which have no 0 to cut at."""
     if task.labels:
         return class_metrics
     low, high = task.range
     if not low < 0 < high:
         return range_metrics
-    return simsv2_metrics if max(-low, high) <= 1 else mosei_metrics
+    if max(-low, high) <= 1:
+        return simsv2_metrics
+    return mosei_metrics
 
-def nearest(x: np.ndarray, marks: list) -> np.ndarray:
-    """The number of the mark nearest to each value, of two equally near ones the even; nan: none, -1."""
+
+def nearest(x, marks: list):
+    """The number of the mark nearest to each value, of two equally near ones the even; nan stays nan."""
     step = marks[1] - marks[0]
-    place = np.round(x / step) - round(marks[0] / step)
-    return np.where(np.isnan(x), -1, place.clip(0, len(marks) - 1))
+    steps = np.round(x / step)          # from 0
+    first = round(marks[0] / step)
+    return (steps - first).clip(0, len(marks) - 1)
 
-WHY_NAN = {"corr": "predictions or true values are constant or no numbers",
-           "r2": "true values are constant, or a prediction is no number",
-           "mae": "a prediction is no number", "weak_acc2": "no true value within 0.4 of 0",
-           "non0_acc2": "no true value but 0", "non0_f1": "no true value but 0"}
 
-def bootstrap(metric, pred, true, seed: int = 0, draws: int = 1000) -> dict[str, tuple[float, float]]:
+def bootstrap(metric, pred, true, seed: int = 0, draws: int = 1000) -> dict:
     """{name: (low, high)}: the 95 % percentile interval of each score of `metric`, over `draws` resamplings
     of the rows with replacement; a draw in which a score is nan does not count for that score. `pred` may be
     (rows, k): a metric that compares k systems gets the same rows of each."""
-    pred, true, rng = np.asarray(pred, float), np.asarray(true), np.random.default_rng(seed)
+    pred = np.asarray(pred, float)
+    true = np.asarray(true)
     assert len(pred) == len(true), f"{len(pred)} predictions for {len(true)} true values"
-    scores, intervals = [], {}
+    rng = np.random.default_rng(seed)
+    # 1) score as many rows as there are, drawn with replacement, again and again
+    scores = []
     for _ in range(draws):
         rows = rng.integers(len(true), size=len(true))
         scores.append(metric(pred[rows], true[rows]))
+    # 2) leave out as many of the draws at each end
+    intervals = {}
     for name in scores[0]:
-        values = sorted(draw[name] for draw in scores if not np.isnan(draw[name])) or [nan]
-        beyond = len(values) // 40                              # so many draws, 2.5 %, lie beyond each end
+        values = [draw[name] for draw in scores if not np.isnan(draw[name])] or [nan]
+        values.sort()
+        beyond = len(values) // 40      # 2.5 %
         intervals[name] = values[beyond], values[-1 - beyond]
     return intervals
 
-# --- Evaluation ---------------------------------------------------------------------------------------------
+
+# --- What a split's answers score ---------------------------------------------------------------------------
 DECODE = ("greedy", "labels")           # what the LLM writes, as in the paper, or the labels' probabilities
 READOUT = ("mean", "median", "mode")    # of those, for intensities; a class is always the most probable
+
 
 @dataclass
 class Result:
@@ -204,17 +258,18 @@ class Result:
     probabilities: np.ndarray | None = None     # (rows, labels), if labels were scored
 
     @cached_property
-    def scores(self) -> dict[str, float]:
+    def scores(self) -> dict:
         return metrics_of(self.task)(self.pred, self.true)
 
     @cached_property
-    def intervals(self) -> dict[str, tuple[float, float]]:
+    def intervals(self) -> dict:
         return bootstrap(metrics_of(self.task), self.pred, self.true)
 
     @property
     def bias(self) -> float:
         """The mean error of intensities, pred - true: which way they lean."""
-        return float(np.mean(self.pred - np.array(self.true, float)))
+        errors = self.pred - np.array(self.true, float)
+        return float(errors.mean())
 
     def counts(self) -> np.ndarray:
         """`confusion` of the answers as parsed, for classes."""
@@ -229,46 +284,40 @@ class Result:
         return moments(self.probabilities, self.task)
 
     def line(self) -> str:
+        """As "accuracy 0.5000, weighted f1 0.4500, macro f1 0.4000, unparsed 1/4, out of range 0/4"."""
         n = len(self.true)
-        return f"{in_words(self.scores)}, unparsed {self.unparsed}/{n}, out of range {self.out_of_range}/{n}"
+        scores = in_words(self.scores)
+        return f"{scores}, unparsed {self.unparsed}/{n}, out of range {self.out_of_range}/{n}"
 
     def table(self) -> str:
         """Truth by prediction, intensities in whole numbers or the bins of acc5; of classes also their F1."""
-        names, both = self.task.labels, (self.values, self.true)
-        if metrics_of(self.task) is simsv2_metrics:
-            names = ["[-1,-.7]", "(-.7,-.1]", "(-.1,.1]", "(.1,.7]", "(.7,1]"]
-            both = bins(intensities(*both), SIMS_EDGES)
-        elif not names:
-            names = self.task.marks()
-            both = np.array([nearest(column, names) for column in intensities(*both)])
-            names = [f"{mark:g}" for mark in names]
-        counts = confusion(*both, len(names))
-        lines = [["true \\ pred", *names, "none"]]
-        lines += [[name, *row] for name, row in zip(names, counts)]
-        if self.task.labels:
-            lines[0] += ["precision", "recall", "f1"]
-            for line, precision, recall, f1, _ in zip(lines[1:], *per_class(counts)):
-                line += [f"{precision:.4f}", f"{recall:.4f}", f"{f1:.4f}"]
-        return aligned(lines)
+        task = self.task
+        if task.labels:
+            return truth_table(task.labels, self.counts(), self.per_class())
+        both = intensities(self.values, self.true)
+        if metrics_of(task) is simsv2_metrics:
+            names = SIMS_BINS
+            pred, true = bins(both, SIMS_EDGES)
+        else:
+            names = [f"{mark:g}" for mark in task.marks()]
+            pred, true = nearest(both, task.marks())
+        return truth_table(names, confusion(pred, true, len(names)))
 
-def in_words(scores: dict[str, float]) -> str:
-    words = []
-    for name, x in scores.items():
-        why = f" ({WHY_NAN.get(name, 'no rows')})" if np.isnan(x) else ""
-        words.append(f"{name.replace('_', ' ')} {x:.4f}{why}")
-    return ", ".join(words)
 
 def score(answers: list, true: list, task: Task, official: bool = False) -> Result:
     """Parse and score. A class answer that did not parse or is no class is wrong; an intensity that did not
     parse is taken for 0, one out of range for the range's end. official: each number as it reads, or 0."""
     values = [parse_answer(text, task, official) for text in answers]
+    pred = np.array(values, float)      # None becomes nan
+    if not official:
+        pred[np.isnan(pred)] = -1 if task.labels else 0         # -1 is no class
+        if not task.labels:
+            pred = pred.clip(*task.range)
+    # The release takes what does not parse for 0: it is counted all the same.
     unparsed = sum(parse_answer(text, task) is None for text in answers)
     out_of_range = sum(value is not None and not in_range(value, task) for value in values)
-    instead = -1.0 if task.labels else 0.0
-    pred = np.array([instead if value is None else value for value in values])
-    if not official and not task.labels:
-        pred = pred.clip(*task.range)
     return Result(task, true, answers, values, pred, unparsed, out_of_range)
+
 
 def score_labels(probabilities: np.ndarray, true: list, task: Task, readout: str = "mean") -> Result:
     """Score the probabilities (rows, labels): the most probable class; an intensity's mean, median or mode.
@@ -277,52 +326,75 @@ def score_labels(probabilities: np.ndarray, true: list, task: Task, readout: str
     unparsed: a wrong class, an intensity of 0.
     """
     labels = np.array(task.values())
-    pred = mode = labels[probabilities.argmax(axis=1)]
-    if not task.labels and readout == "mean":
-        pred, _ = moments(probabilities, task)
-    elif not task.labels and readout == "median":
-        pred = labels[(probabilities.cumsum(axis=1) >= 0.5 - 1e-9).argmax(axis=1)]
     broken = np.isnan(probabilities).any(axis=1)
-    values = [None if nan else value for nan, value in zip(broken, pred.tolist())]
-    answers = ["" if nan else str(value) for nan, value in zip(broken, mode)]
-    pred = np.where(broken, -1 if task.labels else 0, pred)
-    return Result(task, true, answers, values, pred, unparsed=int(broken.sum()), probabilities=probabilities)
+    # The most probable label is scored as if the LLM had written it.
+    mode = labels.astype(str)[probabilities.argmax(axis=1)]
+    answers = np.where(broken, "", mode)
+    result = score(answers.tolist(), true, task)
+    result.probabilities = probabilities
+    if task.labels or readout == "mode":
+        return result
+    # Of an intensity there is more to read out than that.
+    if readout == "mean":
+        pred, _ = moments(probabilities, task)
+    else:
+        half = probabilities.cumsum(axis=1) >= 0.5 - 1e-9
+        pred = labels[half.argmax(axis=1)]      # the first that is True
+    result.pred = np.where(broken, 0, pred)
+    result.values = [None if nan else value for nan, value in zip(broken, pred.tolist())]
+    return result
+
 
 def moments(probabilities: np.ndarray, task: Task) -> np.ndarray:
     """Mean and standard deviation of each row's intensity, (2, rows)."""
     labels = np.array(task.values())
     mean = probabilities @ labels
-    return np.stack((mean, np.sqrt(np.maximum(probabilities @ labels**2 - mean**2, 0))))
+    variance = probabilities @ labels**2 - mean**2
+    std = np.sqrt(variance.clip(min=0))                 # rounding may leave it below 0
+    return np.stack((mean, std))
 
+
+# --- Evaluation ---------------------------------------------------------------------------------------------
 @torch.no_grad()
 def label_logprobs(net: MultimodalLLM, batch):
     """Log-probabilities (B, labels) of the task's legal labels behind each row, normalised over them.
 
-    The labels are a tree, "-0.1" and "-0.2" one branch up to their last token. Each row is read once, then
-    each branch behind it: the state after its last token says how probable every next token is.
+    A label is a path in a tree of tokens; labels that begin alike share a branch:
+        "-0.1", "-0.2", "0.1"  ->  - 0 . 1
+                                       \\ 2
+                                   0 . 1
+    A label's log-probability is the sum over its path. Each row is read once, and each branch once behind it.
     """
+    B = len(batch.text)
     x, real, _ = net.rows(batch)
-    cache = net.beginning().copy()
-    scores = torch.zeros(len(x), len(net.labels), device=x.device)
+    cache = KVCache(net.llm.config.n_layer)
+    hidden = net.llm(x, real, cache, last=1)                                    # (B, 1, C)
+    scores = torch.zeros(B, len(net.labels), device=x.device)
 
-    def follow(begun: list, path, hidden, cache, real):
-        """Score the labels that begin with the tokens `begun`, read up to the state `hidden` (B, 1, C), of
-        which `path` (B,) is the log-probability."""
-        after = net.llm.logits(hidden[:, 0]).log_softmax(dim=-1)                                # (B, V)
-        n = len(begun)
-        longer = [label for label in net.labels if label[:n] == begun and len(label) > n]
-        for token in sorted({label[n] for label in longer}):
-            branch, branch_path = [*begun, token], path + after[:, token]
-            if branch in net.labels:
-                scores[:, net.labels.index(branch)] = branch_path
-            if any(label[:n + 1] == branch and len(label) > n + 1 for label in longer):
-                x = net.llm.embed(net.tensor([[token]] * len(batch.text)))                      # (B, 1, C)
-                sees, read = F.pad(real, (0, 1), value=True), cache.copy()
-                follow(branch, branch_path, net.llm(x, sees, read), read, sees)
+    def follow(labels: dict, path, hidden, cache):
+        """Score the labels of one branch, {a label's number: its tokens behind the branch}.
 
-    hidden = net.llm(x, real, cache, last=1)
-    follow([], 0, hidden, cache, real)
+        path (B,): the branch's log-probability; hidden (B, 1, C): the state after its last token.
+        """
+        logits = net.llm.logits(hidden[:, 0])
+        logprobs = logits.log_softmax(dim=-1)                                   # of the next token, (B, V)
+        for token in sorted({tokens[0] for tokens in labels.values()}):
+            longer_path = path + logprobs[:, token]
+            longer = {}
+            for number, tokens in labels.items():
+                if tokens == [token]:
+                    scores[:, number] = longer_path             # here a label ends
+                elif tokens[0] == token:
+                    longer[number] = tokens[1:]
+            if longer:
+                x = net.llm.embed(net.tensor([[token]] * B))                    # (B, 1, C)
+                longer_cache = cache.copy()
+                longer_hidden = net.llm(x, None, longer_cache)
+                follow(longer, longer_path, longer_hidden, longer_cache)
+
+    follow(dict(enumerate(net.labels)), 0, hidden, cache)
     return scores.log_softmax(dim=-1)
+
 
 def rows_by_length(net: MultimodalLLM, split: Split, size: int) -> list:
     """Row numbers of each batch, sorted by the tokens of their texts: like lengths need little padding."""
@@ -330,30 +402,41 @@ def rows_by_length(net: MultimodalLLM, split: Split, size: int) -> list:
     order = sorted(range(len(split)), key=lengths.__getitem__)
     return [order[i:i + size] for i in range(0, len(order), size)]
 
+
 def evaluate(net: MultimodalLLM, split: Split, size: int, decode="greedy", readout="mean") -> Result:
-    """Answer and score a split, `size` rows at a time. decode, readout: see DECODE, READOUT."""
+    """Answer and score a split, `size` rows at a time. decode, readout: see DECODE, READOUT.
+
+    Leaves the net in evaluation mode: whoever trains on calls net.train().
+    """
+    if isinstance(net, torch.nn.Module):        # whatever else answers has no such mode
+        net.eval()
     outputs = [None] * len(split)
-    for rows in tqdm(rows_by_length(net, split, size), f"{decode} answers", leave=False, disable=None):
+    batches = rows_by_length(net, split, size)
+    for rows in tqdm(batches, f"{decode} answers", leave=False, disable=None):
         batch = collate(split, rows)
-        found = net.answer(batch) if decode == "greedy" else label_logprobs(net, batch)
-        for row, output in zip(rows, found):
-            outputs[row] = output
+        if decode == "greedy":
+            answers = net.answer(batch)
+        else:
+            answers = label_logprobs(net, batch)
+        for row, answer in zip(rows, answers):
+            outputs[row] = answer           # in the split's order
     if decode == "greedy":
         return score(outputs, split.label, net.task, net.official)
-    return score_labels(torch.stack(outputs).exp().double().cpu().numpy(), split.label, net.task, readout)
+    probabilities = torch.stack(outputs).exp().double().cpu().numpy()           # (rows, labels)
+    return score_labels(probabilities, split.label, net.task, readout)
+
 
 def evaluate_all(net: MultimodalLLM, split: Split, size: int, decode="greedy", readout="mean") -> dict:
     """{name: Result} of every way to answer, the asked one first: "greedy", and "labels" for classes or
     "labels mean", "labels median", "labels mode" for intensities."""
     results = {"greedy": evaluate(net, split, size)}
-    labels = evaluate(net, split, size, "labels", readout)
-    if net.task.labels:
-        results["labels"] = labels
-    else:
-        for name in READOUT:
-            results[f"labels {name}"] = score_labels(labels.probabilities, split.label, net.task, name)
+    labels = evaluate(net, split, size, "labels")
+    for name in READOUT:                # for classes three times the same
+        result = score_labels(labels.probabilities, split.label, net.task, name)
+        results[way(net.task, "labels", name)] = result
     first = way(net.task, decode, readout)
-    return {first: results.pop(first), **results}
+    return {first: results[first]} | results
+
 
 def way(task: Task, decode: str, readout: str) -> str:
     """A way to answer by its name: "greedy", "labels", "labels median"."""
@@ -361,140 +444,216 @@ def way(task: Task, decode: str, readout: str) -> str:
         return decode
     return f"labels {readout}"
 
+
+# --- What looks wrong with the answers ----------------------------------------------------------------------
 def collapsed(result: Result) -> str:
     """A warning if the answers hardly differ, with what their one value alone would score; or "".
 
     Classes: more than 95 % of the answers are the same one, or none. Intensities: the predictions' standard
-    deviation is below 5 % of the labels'."""
-    labels, task, n = result.true, result.task, len(result.true)
+    deviation is below 5 % of the labels'.
+    """
+    task = result.task
+    n = len(result.true)
     if task.labels:
-        classes = [value if in_range(value, task) else -1 for value in result.values]
-        value, count = Counter(classes).most_common(1)[0]
-        name = "no class" if value == -1 else task.labels[int(value)]
-        hardly, found = count > 0.95 * n, f"{name!r} is {count} of {n} answers; that answer"
+        names = [*task.labels, "no class"]
+        counts = result.counts().sum(axis=0)    # of each of these answers
+        value = counts.argmax()
+        hardly = counts[value] > 0.95 * n
+        what = f"{names[value]!r} is {counts[value]} of {n} answers; that answer"
     else:
-        value, spread, wanted = result.pred.mean(), result.pred.std(), np.std(labels)
+        value = result.pred.mean()
+        spread = result.pred.std()
+        wanted = np.std(result.true)
         hardly = spread < 0.05 * wanted
-        found = f"the predictions' standard deviation is {spread:.3g}, the labels' {wanted:.3g}; their mean"
-    alone = in_words(metrics_of(task)(np.full(n, value), labels))
-    return f"looks collapsed: {found} alone scores {alone}" if hardly else ""
+        what = f"the predictions' standard deviation is {spread:.3g}, the labels' {wanted:.3g}; their mean"
+    if not hardly:
+        return ""
+    alone = metrics_of(task)(np.full(n, value), result.true)
+    return f"looks collapsed: {what} alone scores {in_words(alone)}"
 
-ZERO_IS = {"has0_acc2": ", to which 0 is positive", "acc2": ", to which 0 is negative"}
+
+ZERO_IS = {
+    "has0_acc2": ", to which 0 is positive",
+    "acc2": ", to which 0 is negative",
+}
+
 
 def unparsed_note(result: Result) -> str:
     """What unparsed intensities do to the first score, where they are more than 2 % of the rows; or ""."""
-    n, task = len(result.true), result.task
+    task = result.task
+    n = len(result.true)
     if task.labels or result.unparsed <= 0.02 * n:
         return ""
-    name = next(iter(result.scores))
+    note = f"{result.unparsed} of {n} answers ({result.unparsed / n:.1%}) do not parse and count as 0"
+    if result.unparsed == n:
+        return note
+    name, score = next(iter(result.scores.items()))
     parsed = [parse_answer(text, task) is not None for text in result.answers]
-    without = metrics_of(task)(result.pred[parsed], np.array(result.true)[parsed])[name]
-    return (f"{result.unparsed} of {n} answers ({result.unparsed / n:.1%}) do not parse and count as 0: "
-            f"{name.replace('_', ' ')}{ZERO_IS.get(name, '')}, is {result.scores[name]:.4f} with them, "
-            f"{without:.4f} without them")
+    true = np.array(result.true)
+    without = metrics_of(task)(result.pred[parsed], true[parsed])
+    return (f"{note}: {name.replace('_', ' ')}{ZERO_IS.get(name, '')}, is {score:.4f} with them, "
+            f"{without[name]:.4f} without them")
+
 
 def alarms(result: Result) -> list[str]:
     """What looks wrong with the answers, a line each."""
     return [line for line in (collapsed(result), unparsed_note(result)) if line]
 
-def side_by_side(results: dict[str, Result]) -> str:
-    """A line per score, a column per way of decoding, each score with its 95 % interval."""
-    lines = [["", *(f"{decode} [95 % interval]" for decode in results)]]
-    for name in next(iter(results.values())).scores:
-        line = [name.replace("_", " ")]
-        for r in results.values():
-            low, high = r.intervals[name]
-            line.append(f"{r.scores[name]:.4f} [{low:.4f}, {high:.4f}]")
-        lines.append(line)
-    if not r.task.labels:
-        lines.append(["bias", *(f"{r.bias:+.4f}" for r in results.values())])
-    for name in ("unparsed", "out_of_range"):
-        lines.append([name.replace("_", " "), *(f"{getattr(r, name)}/{len(r.true)}" for r in results.values())])
-    return aligned(lines)
 
 # --- What the modalities are worth --------------------------------------------------------------------------
-def variants(split: Split) -> dict[str, Split]:
+def variants(split: Split) -> dict:
     """The split as it is, with modalities missing, with one's features in other rows, and without text."""
-    order, none = np.random.RandomState(0).permutation(len(split)), [0] * len(split)
-
-    def moved(column):
-        return [column[i] for i in order]
-
+    missing = [0] * len(split)
+    order = np.random.RandomState(0).permutation(len(split))
+    moved = some_rows(split, order)
     return {
         "all": split,
-        "without audio": replace(split, audio_len=none),
-        "without video": replace(split, video_len=none),
-        "without audio and video": replace(split, audio_len=none, video_len=none),
-        "audio shuffled": replace(split, audio=moved(split.audio), audio_len=moved(split.audio_len)),
-        "video shuffled": replace(split, video=moved(split.video), video_len=moved(split.video_len)),
-        "text empty": replace(split, text=[""] * len(split))}
+        "without audio": replace(split, audio_len=missing),
+        "without video": replace(split, video_len=missing),
+        "without audio and video": replace(split, audio_len=missing, video_len=missing),
+        "audio shuffled": replace(split, audio=moved.audio, audio_len=moved.audio_len),
+        "video shuffled": replace(split, video=moved.video, video_len=moved.video_len),
+        "text empty": replace(split, text=[""] * len(split)),
+    }
+
 
 def one_clip(net: MultimodalLLM, row: Split) -> dict:
     """The answer to a split of one row by label scoring, greedily, and again without each part."""
-    parts = {name: part for name, part in variants(row).items() if "shuffled" not in name}
-    results = {name: evaluate(net, part, 1, decode="labels") for name, part in parts.items()}
-    return found(results, net.task) | {"greedy": evaluate(net, row, 1).answers[0]}
+    results = {}
+    for name, part in variants(row).items():
+        if "shuffled" not in name:          # one row has no other's features to take
+            results[name] = evaluate(net, part, 1, "labels")
+    report = clip_report(results, net.task)
+    report["greedy"] = evaluate(net, row, 1).answers[0]
+    return report
+
 
 def ablation(net: MultimodalLLM, split: Split, size: int, decode="greedy", readout="mean") -> list[str]:
     """One line per modality dropped from the same trained model, and for both."""
-    parts = {name: part for name, part in variants(split).items() if name.startswith("without")}
-    results = {name: evaluate(net, part, size, decode, readout) for name, part in parts.items()}
-    return [f"test {name}: {result.line()}" for name, result in results.items()]
+    lines = []
+    for name, part in variants(split).items():
+        if name.startswith("without"):
+            result = evaluate(net, part, size, decode, readout)
+            lines.append(f"test {name}: {result.line()}")
+    return lines
 
-def ablation_table(results: dict[str, Result]) -> str:
+
+def ablation_table(results: dict) -> str:
     """Of each variant the first score and the one that selects, and their differences to `all`."""
     everything = results["all"]
-    metric, names = metrics_of(everything.task), [next(iter(everything.scores))]
-    if everything.task.select not in names:
-        names.append(everything.task.select)
+    metric = metrics_of(everything.task)
+    first = next(iter(everything.scores))
+    names = dict.fromkeys((first, everything.task.select))          # twice the same counts once
 
-    def difference(pred, true):
-        before, after = metric(pred[:, 0], true), metric(pred[:, 1], true)
+    def difference(pred, true):         # pred (rows, 2): everything's and the variant's
+        before, after = (metric(system, true) for system in pred.T)
         return {name: after[name] - before[name] for name in names}
 
-    lines = [[""]]
+    head = [""]
     for name in names:
-        lines[0] += [name.replace("_", " "), "difference [95 % interval]"]
-    lines[0].append("unparsed")
+        head += [name.replace("_", " "), "difference [95 % interval]"]
+    lines = [[*head, "unparsed"]]
     for variant, result in results.items():
-        intervals = bootstrap(difference, np.stack((everything.pred, result.pred), axis=1), result.true)
+        pairs = np.stack((everything.pred, result.pred), axis=1)
         line = [variant]
-        for name, (low, high) in intervals.items():
-            change = result.scores[name] - everything.scores[name]
-            line += [f"{result.scores[name]:.4f}", f"{change:+.4f} [{low:+.4f}, {high:+.4f}]"]
-        lines.append([*line, f"{result.unparsed}/{len(result.true)}"])
+        for name, (low, high) in bootstrap(difference, pairs, result.true).items():
+            score = result.scores[name]
+            change = score - everything.scores[name]
+            line.append(f"{score:.4f}")
+            line.append(f"{change:+.4f} [{low:+.4f}, {high:+.4f}]")
+        line.append(f"{result.unparsed}/{len(result.true)}")
+        lines.append(line)
     return aligned(lines)
 
-# --- One clip -----------------------------------------------------------------------------------------------
-def feature_range(split: Split) -> dict[str, list]:
-    """{"audio": [low, high], "video": ...}: each feature's least and largest value over all real frames."""
-    ranges = {}
-    for m in FEATURES:
-        frames = (split.frames(m, row) for row in range(len(split)))       # one row in memory
-        ends = [(x.min(axis=0), x.max(axis=0)) for x in frames if len(x) > 0]
-        if ends:
-            low, high = zip(*ends)
-            ranges[m] = [np.min(low, axis=0).tolist(), np.max(high, axis=0).tolist()]
-    return ranges
 
-# --- Command line -------------------------------------------------------------------------------------------
+# --- A run's folder -----------------------------------------------------------------------------------------
+# What evaluation needs of a run's settings.json: each value's type and, where not all will do, which ones.
+RECORDED = {
+    "data": str,
+    "data_dir": str | None,
+    "llm": str | None,
+    "official": bool,
+    "decode": str,
+    "readout": str,
+    "eval_batch": int,
+    "device": str,
+    "dtype": str,
+}
+CHOICES = {
+    "data": TASKS,
+    "decode": DECODE,
+    "readout": READOUT,
+    "eval_batch": range(1, 2**32),
+    "dtype": ("float32", "bfloat16", "float16"),
+    "seed": range(2**32),
+}
+
+
+def read_settings(file: Path) -> dict:
+    """A run's settings, valid_share 0 where it has none. Raises UserError for what no run writes."""
+    if not file.is_file():
+        raise UserError(f"{file}: not there; expected the folder of one run of train.py, OUT/SEED")
+    settings = {"valid_share": 0.0, "seed": None} | read_json(file, RECORDED)
+    types = RECORDED | {"valid_share": float}
+    if settings["valid_share"] != 0:
+        types["seed"] = int             # it draws the validation rows
+    for key, kind in types.items():
+        value = settings[key]
+        fits = isinstance(value, kind) and len(str(value)) < 999
+        if fits and key in CHOICES:
+            fits = value in CHOICES[key]
+        if fits and key == "valid_share":
+            fits = 0 <= value <= 1
+        if not fits:
+            raise UserError(f"{file}: {key} is {value!r:.80}, which no run writes; copy the file again")
+    return settings
+
+
+def read_rows(task: Task, settings: dict, args) -> Split:
+    """The split to score; validation rows may have been drawn from the training rows."""
+    data_dir = args.data_dir or settings["data_dir"] or HERE / task.home
+    if args.split == "valid" and settings["valid_share"]:
+        train = load_split(task, data_dir, "train")
+        _, valid = divide(train, settings["valid_share"], settings["seed"])
+        return valid
+    return load_split(task, data_dir, args.split)
+
+
 def score_split(net: MultimodalLLM, split: Split, run: Path, settings: dict, args):
     """Print and write what a split scores: first as the run was selected, then in the other ways."""
-    chosen = args.decode or settings["decode"], args.readout or settings["readout"]
+    size = settings["eval_batch"]
+    readout = args.readout or settings["readout"]
     if args.decode is None:
-        results = evaluate_all(net, split, settings["eval_batch"], *chosen)
+        results = evaluate_all(net, split, size, settings["decode"], readout)
     else:
-        results = {way(net.task, *chosen): evaluate(net, split, settings["eval_batch"], *chosen)}
-    first = way(net.task, *chosen)
+        result = evaluate(net, split, size, args.decode, readout)
+        results = {way(net.task, args.decode, readout): result}
+    name, first = next(iter(results.items()))
+    best = "unknown"
     record = run / "results.json"
-    best = read_json(record).get("best_epoch") if record.is_file() else "unknown"
-    print(f"{args.split} (best epoch {best}): {results[first].line()}")
-    for alarm in alarms(results[first]):
+    if record.is_file():
+        best = read_json(record).get("best_epoch")
+    print(f"{args.split} (best epoch {best}): {first.line()}")
+    for alarm in alarms(first):
         print(alarm)
-    print(f"\n{side_by_side(results)}\n\n{first}:\n{results[first].table()}\n")
+    print(f"\n{side_by_side(results)}\n\n{name}:\n{first.table()}\n")
     write_results(run, split, results, f"-{args.split}")        # the run's own record, without ending, stays
     print(f"wrote {run}/metrics-{args.split}.json and predictions-{args.split}.csv")
 
+
+def answer_clip(net: MultimodalLLM, args) -> str:
+    """What is found of the clip on the command line, for people or as JSON."""
+    paths = {"audio": args.audio, "video": args.video}
+    ranges = read_json(args.run / "features.json")
+    row, notes = clip_row(net, args.text, paths, ranges)
+    report = one_clip(net, row)
+    report["notes"] = notes
+    if args.json:
+        return json.dumps(report, ensure_ascii=False, indent=1)
+    return clip_text(report)
+
+
+# --- Command line -------------------------------------------------------------------------------------------
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -517,12 +676,18 @@ def parse_args():
         parser.error("--audio, --video and --json belong to --text, which may be empty")
     return args
 
+
 def main():
+    # 1) what the run was
     args = parse_args()
-    settings = read_settings(args.run / "settings.json", {"data": TASKS, "decode": DECODE, "readout": READOUT})
-    task, device = TASKS[settings["data"]], args.device or settings["device"]
+    settings = read_settings(args.run / "settings.json")
+    task = TASKS[settings["data"]]
+    device = args.device or settings["device"]
     check_device(device)
-    path, dtype = find_llm(args.llm or settings["llm"] or task.llm), getattr(torch, settings["dtype"])
+
+    # 2) its backbone, and its adapter in front of that
+    path = find_llm(args.llm or settings["llm"] or task.llm)
+    dtype = getattr(torch, settings["dtype"])
     tokenizer = load_tokenizer(path)
     if args.check_backbone:             # the fresh copy is gone before the other comes
         fresh = backbone.fingerprints(load_llm(path, device, dtype), tokenizer, task)
@@ -530,34 +695,33 @@ def main():
     net = load_adapter(args.run / "adapter.safetensors", llm, tokenizer, task, settings["official"])
     if args.llm:
         print(f"backbone found by --llm: {path}, whose weights are the run's", file=sys.stderr)
+
+    # 3) what needs no data set
     if args.ask is not None:
         print(backbone.ask(net, args.ask))
         return
     if args.text is not None:
-        paths = {"audio": args.audio, "video": args.video}
-        row, notes = clip_row(net, args.text, paths, read_json(args.run / "features.json"))
-        answer = one_clip(net, row) | {"notes": notes}
-        print(json.dumps(answer, ensure_ascii=False, indent=1) if args.json else clip_text(answer))
+        print(answer_clip(net, args))
         return
-    data_dir = args.data_dir or settings["data_dir"] or HERE / task.home
-    if args.split == "valid" and settings.get("valid_share"):
-        train = load_split(task, data_dir, "train")
-        _, split = divide(train, settings["valid_share"], settings["seed"])
-    else:
-        split = load_split(task, data_dir, args.split)
+
+    # 4) what does
+    split = read_rows(task, settings, args)
+    size = settings["eval_batch"]
     if args.check_backbone:
-        batch = collate(split, range(min(settings["eval_batch"], len(split))))
+        batch = collate(split, range(min(size, len(split))))
         print(backbone.check_backbone(net, fresh, batch))
     elif args.ablate:
-        chosen = args.decode or settings["decode"], args.readout or settings["readout"]
-        size, parts = settings["eval_batch"], variants(split)
-        results = {name: evaluate(net, part, size, *chosen) for name, part in parts.items()}
+        decode = args.decode or settings["decode"]
+        readout = args.readout or settings["readout"]
+        parts = variants(split)
+        results = {name: evaluate(net, parts[name], size, decode, readout) for name in parts}
         print(ablation_table(results))
     else:
         score_split(net, split, args.run, settings, args)
 
+
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError) as error:
+    except (UserError, CheckpointError, AdapterError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -13,12 +13,14 @@ from conftest import HERE, Bomb, ByteTokenizer, close, need_shared, random_adapt
 from safetensors.torch import load_file, save_file
 
 import eval
-from adapter import OFFICIAL_NAMES, AdapterConfig, MSEAdapter, MultimodalLLM, load_adapter, save_adapter
+from adapter import AdapterConfig, MSEAdapter, MultimodalLLM, load_adapter, save_adapter
 from data import TASKS, Batch, Split, collate, load_split, load_tokenizer
-from extras import backbone, clip
-from extras.report import write_results
 from eval import evaluate, label_logprobs, moments, score, score_labels, variants
 from model import load_llm
+from release import OFFICIAL_NAMES
+from reports import backbone, clip
+from reports.tables import write_results
+from support.files import UserError
 
 TEXTS = ["Oh!", "", "I can't believe it: she left me. Again!", "好吧"]
 
@@ -47,7 +49,7 @@ def brute_force(net, batch):
     scores = torch.zeros(len(batch.text), len(net.labels))
     for k, ids in enumerate(net.labels):
         x, real, _ = net.rows(batch, [list(ids)] * len(batch.text))
-        hidden = net.llm(x, real, net.beginning())[:, -len(ids) - 1:-1]
+        hidden = net.llm(x, real)[:, -len(ids) - 1:-1]
         after = net.llm.logits(hidden).log_softmax(dim=-1)                                        # (B, n, V)
         scores[:, k] = after.gather(2, torch.tensor(ids).expand(len(scores), -1)[..., None]).sum((1, 2))
     return scores.softmax(dim=-1)
@@ -82,6 +84,26 @@ def test_label_scoring_always_answers(tiny, family, task):
         assert mean.pred[i] == (mode.pred[i] if net.task.labels else pytest.approx(p @ np.array(legal), abs=1e-5))
 
 
+class Forgetful(torch.nn.Module):
+    """What a fork may put in front of the mixer: half of what it lets through is lost in training."""
+
+    def __init__(self, encoder):
+        super().__init__()
+        self.encoder, self.dropout = encoder, torch.nn.Dropout(0.5)
+
+    def forward(self, x, lengths):
+        return self.dropout(self.encoder(x, lengths))
+
+
+def test_no_dropout_in_evaluation(tiny):
+    net = make(tiny["llama"], "meld")
+    split, there = rows(net.task), dict(size=4, decode="labels")
+    expected = evaluate(net, split, **there).probabilities
+    net.adapter.audio = Forgetful(net.adapter.audio)
+    net.train()
+    assert evaluate(net, split, **there).probabilities.tolist() == expected.tolist() and not net.training
+
+
 def test_readout():
     task, p = TASKS["simsv2"], np.zeros((2, 21))
     p[0, [0, 20]], p[1, [9, 10]] = (0.75, 0.25), (0.4, 0.6)              # -1 and 1; -0.1 and 0
@@ -103,6 +125,7 @@ def test_no_label_begins_another(family, folder):
 # Results
 
 
+@pytest.mark.release
 @pytest.mark.parametrize("name", sorted(path.stem for path in (HERE / "golden").glob("*.json")))
 def test_the_release_reads_its_answers_so(name):
     info = json.loads((HERE / "golden" / f"{name}.json").read_text(encoding="utf-8"))
@@ -265,6 +288,7 @@ SWITCHES = [dict(no_mixer=True), dict(no_fusion=True), dict(modality="audio"), d
             dict(no_mixer=True, no_fusion=True, modality="video", independent_tokens=True)]
 
 
+@pytest.mark.release
 def test_without_switches_nothing_changes():
     assert {name for name, _ in MSEAdapter(AdapterConfig(36, 4, 6, 5, 3, 2)).named_parameters()} == set(OFFICIAL_NAMES)
 
@@ -488,6 +512,13 @@ def test_a_changed_backbone_is_noticed(run, monkeypatch, capsys):
     adapter = random_adapter(AdapterConfig(llm.config.dim, 4, 6, 5, 3, 2))
     net = MultimodalLLM(llm, adapter, load_tokenizer(DEMO), TASKS["demo"])
     batch, fresh = collate(rows(net.task), range(4)), backbone.fingerprints(net.llm, net.tokenizer, net.task)
+    before = {name: p.clone() for name, p in net.state_dict().items()}
+    for mode in (True, False):
+        net.train(mode)
+        backbone.check_backbone(net, fresh, batch)                      # leaves the net as it was
+        assert all(part.training == mode for part in net.modules())
+        assert all(torch.equal(p, before[name]) for name, p in net.state_dict().items())
+        assert all(p.grad is None for p in net.parameters())
     llm.embed.weight.data[3, 7] *= 1 + 1e-6                         # of a byte that no prompt has
     with pytest.raises(ValueError, match="backbone changed: 1 of "):
         backbone.check_backbone(net, fresh, batch)
@@ -522,12 +553,13 @@ def test_a_run_that_does_not_fit_is_refused(run, monkeypatch, capsys, change, me
     dict(data="x"), dict(data=["demo"]), dict(llm=3), dict(llm="y" * 9999),
     dict(data_dir=[]), dict(official="no"), dict(decode="beam"),
     dict(readout=None), dict(eval_batch="x"), dict(eval_batch=0), dict(dtype="load"), dict(dtype={}),
-    dict(device=None)])
+    dict(device=None), dict(valid_share="0.1"), dict(valid_share=None), dict(valid_share=True), dict(valid_share=1.5),
+    dict(valid_share=-0.1), dict(valid_share=float("nan"))])
 def test_settings_that_no_run_writes_are_refused(run, monkeypatch, capsys, change):
     settings = json.loads((run / "settings.json").read_text())
     (run / "settings.json").write_text(json.dumps(settings | change))
     (key, value), = change.items()
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         command(monkeypatch, capsys, run)
     assert str(error.value).endswith(f"settings.json: {key} is {value!r:.80}, which no run writes; copy the file again")
 

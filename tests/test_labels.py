@@ -11,10 +11,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_train import flags
 
+import eval
 import train
 from adapter import AdapterConfig, MultimodalLLM, load_adapter, save_adapter
 from data import TASKS, Split, Task, collate, divide, load_split, load_tokenizer, preset
 from eval import alarms, evaluate, metrics_of, score, score_labels
+from support.files import UserError
 
 DEMO = HERE.parent / "demo" / "llm"
 TWELVE = Task("twelve", labels=tuple("abcdefghijkl"), text_len=40)
@@ -39,6 +41,7 @@ def test_labels_of_unequal_lengths_end_with_the_end_token(tiny, family, task, of
     assert net.end == [net.eos_id] * ends and net.answer_len == max(map(len, net.labels))
 
 
+@pytest.mark.release
 @pytest.mark.parametrize("folder, family", [("llama2", "llama"), ("chatglm3", "chatglm"), ("qwen", "qwen")])
 def test_no_published_pair_needs_an_end(tiny, folder, family):
     tokenizer = load_tokenizer(need_shared("tokenizers", folder))
@@ -50,7 +53,7 @@ def test_the_end_is_taught(tiny):
     net = make(tiny["llama"], TASKS["mosei"])
     batch = collate(spoken(TASKS["mosei"], [-1.5, 1.5]), [0, 1])
     x, real, _ = net.rows(batch, [net.tokenizer.encode(text) + [net.eos_id] for text in ("-1.5", "1.5")])
-    logprobs = net.llm.logits(net.llm(x, real, net.beginning())).log_softmax(dim=-1)
+    logprobs = net.llm.logits(net.llm(x, real)).log_softmax(dim=-1)
     expected = 0
     labels = [[*net.tokenizer.encode(text), net.eos_id] for text in ("-1.5", "1.5")]
     for row, label in zip(logprobs, labels):
@@ -133,6 +136,8 @@ def test_what_unparsed_intensities_do_to_has0_is_said():
     assert line.endswith("is 1.0000 with them, 1.0000 without them")
     assert alarms(score(answers[:-1], true[:-1], TASKS["mosei"])) != []     # 2 of 99
     assert alarms(score([*answers[:-2], "0.0", "0.0"], true, TASKS["mosei"])) == []     # 1 of 100
+    _, nothing = alarms(score(["what"] * 9, true[:9], TASKS["mosei"]))
+    assert nothing == "9 of 9 answers (100.0%) do not parse and count as 0"
 
 
 def test_all_readouts_stand_in_a_runs_metrics(tmp_path, monkeypatch):
@@ -207,5 +212,11 @@ def test_validation_rows_can_be_drawn_from_the_training_rows(tmp_path, monkeypat
     assert divide(whole, 0.1, 1111)[1].id == valid_rows.id != divide(whole, 0.1, 2222)[1].id
     log = json.loads((tmp_path / "out" / "1111" / "log.jsonl").read_text())
     monkeypatch.setattr("sys.argv", ["eval.py", str(tmp_path / "out" / "1111"), "--split", "valid"])
-    __import__("eval").main()
+    eval.main()
     assert f"mae {log['valid_mae']:.4f}" in capsys.readouterr().out
+    file = tmp_path / "out" / "1111" / "settings.json"
+    settings = json.loads(file.read_text())
+    for change in (dict(seed="1111"), dict(seed=None), dict(seed=-1), dict(seed=1.5), dict(seed=2**40)):
+        file.write_text(json.dumps(settings | change))
+        with pytest.raises(UserError, match=f"settings.json: seed is {change['seed']!r}, which no run writes"):
+            eval.main()

@@ -1,0 +1,194 @@
+"""Tables: what a split scores, metrics.json and predictions.csv, several seeds beside the release's figures.
+
+A Result (of eval.py) is passed in; nothing here needs its class.
+"""
+import csv
+import io
+import json
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+
+from data import HERE, TASKS, Split, family_words
+from support.files import write_atomic
+
+
+def aligned(lines) -> str:
+    """Lines of cells as text in columns, flush right.
+
+    [["", "joy"], ["true", 12]] -> "      joy\\ntrue   12"
+    """
+    columns = []
+    for cells in zip(*lines, strict=True):
+        cells = [str(cell) for cell in cells]
+        widest = max(map(width, cells))
+        columns.append([" " * (widest - width(cell)) + cell for cell in cells])
+    return "\n".join("  ".join(line).rstrip() for line in zip(*columns))
+
+
+def width(cell: str) -> int:
+    """In a terminal, where a Chinese character takes two columns."""
+    wide = [c for c in cell if unicodedata.east_asian_width(c) in "WF"]
+    return len(cell) + len(wide)
+
+
+# --- What a split scores ------------------------------------------------------------------------------------
+WHY_NAN = {"corr": "predictions or true values are constant or no numbers",
+           "r2": "true values are constant, or a prediction is no number",
+           "mae": "a prediction is no number", "weak_acc2": "no true value within 0.4 of 0",
+           "non0_acc2": "no true value but 0", "non0_f1": "no true value but 0"}
+
+
+def in_words(scores: dict) -> str:
+    """{"weighted_f1": 0.5, "mae": nan} -> "weighted f1 0.5000, mae nan (a prediction is no number)"."""
+    words = []
+    for name, value in scores.items():
+        text = f"{name.replace('_', ' ')} {value:.4f}"
+        if np.isnan(value):
+            text += f" ({WHY_NAN.get(name, 'no rows')})"
+        words.append(text)
+    return ", ".join(words)
+
+
+def side_by_side(results: dict) -> str:
+    """{way of decoding: Result} -> a line per score, a column per way, each score with its 95 % interval."""
+    columns = []
+    for way, result in results.items():
+        column = {"": f"{way} [95 % interval]"}         # the row's name: its cell
+        for name, score in result.scores.items():
+            low, high = result.intervals[name]
+            column[name] = f"{score:.4f} [{low:.4f}, {high:.4f}]"
+        if not result.task.labels:
+            column["bias"] = f"{result.bias:+.4f}"
+        for name in ("unparsed", "out_of_range"):
+            column[name] = f"{getattr(result, name)}/{len(result.true)}"
+        columns.append(column.values())
+    names = [name.replace("_", " ") for name in column]         # each column's are the same
+    return aligned(zip(names, *columns))
+
+
+def truth_table(names: list, counts: np.ndarray, per_class=()) -> str:
+    """Truth by prediction of (n, n + 1) counts, the last column for no class. per_class: precision, recall,
+    F1 and more of each class, of which the first three are shown."""
+    lines = [["true \\ pred", *names, "none"]]
+    for name, row in zip(names, counts):
+        lines.append([name, *row])
+    if per_class:
+        lines[0] += ["precision", "recall", "f1"]
+        for line, *scores in zip(lines[1:], *per_class[:3]):
+            line += [f"{score:.4f}" for score in scores]
+    return aligned(lines)
+
+
+# --- Files --------------------------------------------------------------------------------------------------
+def finite(x):
+    """A number, or a pair of them, as JSON can write it: None for nan and infinities."""
+    return x if np.isfinite(x).all() else None
+
+
+def write_results(folder, split: Split, results: dict, ending: str = ""):
+    """Write metrics.json and predictions.csv into a folder; `ending` goes behind both names."""
+    report = {"rows": len(split)}
+    for way, result in results.items():
+        part = {"scores": {name: finite(x) for name, x in result.scores.items()},
+                "intervals": {name: finite(pair) for name, pair in result.intervals.items()},
+                "unparsed": result.unparsed, "out_of_range": result.out_of_range}
+        if result.task.labels:
+            part["confusion"] = result.counts().tolist()
+            part["per_class"] = {}
+            columns = [column.tolist() for column in result.per_class()]
+            for name, *row in zip(result.task.labels, *columns):
+                part["per_class"][name] = dict(zip(("precision", "recall", "f1", "rows"), row))
+        else:
+            part["bias"] = finite(result.bias)
+        report[way] = part
+    text = json.dumps(report, indent=1, ensure_ascii=False)
+    write_atomic(Path(folder) / f"metrics{ending}.json", text.encode())
+    write_predictions(Path(folder) / f"predictions{ending}.csv", split, list(results.values()))
+
+
+def write_predictions(path, split: Split, results: list):
+    """One line per row: id, text, truth, the first result's answer, what it parsed as (empty if it did not)
+    and, if a result has probabilities, that of each class, or an intensity's mean and standard deviation."""
+    first = results[0]
+    parsed = ["" if value is None else f"{value:.6g}" for value in first.values]
+    head = ["id", "text", "truth", "answer", "parsed"]
+    columns = [split.id, split.text, split.label, first.answers, parsed]
+    scored = [result for result in results if result.probabilities is not None]
+    if scored:                          # several readouts are of the same probabilities
+        numbers = scored[0].probabilities.T
+        head += [f"p({name})" for name in first.task.labels]
+        if not first.task.labels:
+            numbers = scored[0].moments()
+            head += ["mean", "std"]
+        columns += [map("{:.6f}".format, column) for column in numbers]
+    file = io.StringIO()
+    csv.writer(file).writerows([head, *zip(*columns)])
+    write_atomic(path, file.getvalue().encode("utf-8-sig"))     # a byte order mark, for spreadsheets
+
+
+# --- Several seeds ------------------------------------------------------------------------------------------
+def summarize(records: list, out: Path):
+    """Write results.csv, a row per seed; print several with mean, std, worst and the release's figures.
+
+    A record's "changed" lists the settings that differ from the release's method: where there are some, or
+    other test rows than the published ones, nothing compares with its figures.
+    """
+    names = [name for name in records[0] if name != "line"]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, names, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    for record in records:
+        changed = " ".join(record.get("changed", ()))
+        writer.writerow(record | {"changed": changed})
+    write_atomic(out / "results.csv", text.getvalue().encode())
+    if len(records) == 1:
+        return
+    scores = {}                         # name: an array with a number per seed
+    for name in names:
+        if name.startswith("test_") and name != "test_rows":
+            values = [record.get(name) for record in records]
+            scores[name.removeprefix("test_")] = np.array(values, float)
+    print("seed".ljust(10) + "".join(name.rjust(13) for name in scores))
+    for i, record in enumerate(records):
+        print_line(record["seed"], [x[i] for x in scores.values()])
+    print_line("mean", [x.mean() for x in scores.values()])
+    print_line("std", [x.std(ddof=1) for x in scores.values()])
+    worst = []
+    for name, x in scores.items():
+        if name in ("mae", "unparsed"):         # where less is better
+            worst.append(x.max())
+        else:
+            worst.append(x.min())
+    print_line("worst", worst)
+    first = records[0]
+    rows = TASKS[first["data"]].rows.get("test", first["test_rows"])
+    if first["test_rows"] == rows and not first.get("changed"):
+        compare_with_release(scores, recorded(first["family"], first["data"]))
+
+
+def print_line(label, values):
+    cells = [f"{value:13.4f}" for value in values]
+    print(f"{label!s:10}" + "".join(cells))
+
+
+def compare_with_release(scores: dict, published: dict):
+    """Print each figure that the release recorded beside the mean over the seeds here."""
+    note = published.pop("note", None)
+    for name, (mean, std) in published.items():
+        here = scores[name].mean()
+        if std is None:
+            print(f"{name}: the release recorded {mean:.4f}; here {here:.4f}")
+        else:
+            away = (here - mean) / std
+            print(f"{name}: the release recorded {mean:.4f} +- {std:.4f}; here {here:.4f}, "
+                  f"{away:+.1f} of its standard deviations")
+    if note:
+        print(f"note: {note}")
+
+
+def recorded(family: str, task: str) -> dict:
+    """What the release recorded of a pair, {metric: [mean, std over five seeds or null]}, and a note."""
+    figures = json.loads((HERE / "docs" / "release.json").read_text(encoding="utf-8"))
+    return figures.get(f"{family_words(family).name} {task}", {})
