@@ -2,7 +2,7 @@
 
     python tests/bench.py --llm PATH --data-dir DIR --rounds 40
     python tests/bench.py --shape 100m --tokenizer PATH --data-dir DIR --batch 4
-    python tests/bench.py --shape llama2-7b --device cuda --dtype bfloat16 --batch 8 --recompute 32
+    python tests/bench.py --shape llama2-7b --device cuda --dtype bfloat16 --batch 8 --recompute 31
     python tests/bench.py --shape 100m --scaling    cost by rows and tokens, memory by recomputed blocks
 
 Four ways with the same weights take turns, so that a noisy machine hurts all alike:
@@ -78,15 +78,11 @@ class Peer(MultimodalLLM):
     """transformers used well."""
     options = {}
 
-    def whole_rows(self, batch, labels=None):
-        """Beginning and rows (B, S, C), padded in front, and which positions are real (B, S)."""
-        x, real, _ = self.rows(batch, labels)
-        return torch.cat((self.llm.embed(self.tensor([self.before] * len(x))), x), dim=1), real
-
     def loss(self, batch, recompute: int = 0):
         """The mean over the labels' tokens: as in MultimodalLLM where all labels have equally many."""
         labels = [self.tokenizer.encode(self.label_text(y)) for y in batch.label]
-        rows = [x[real] for x, real in zip(*self.whole_rows(batch, labels))]
+        x, real, _ = self.rows(batch, labels)
+        rows = [row[where] for row, where in zip(x, real)]
         target = [self.tensor([-100] * (len(row) - len(ids)) + ids) for row, ids in zip(rows, labels)]
         target = pad_sequence(target, batch_first=True, padding_value=-100)
         return self.cross_entropy(pad_sequence(rows, batch_first=True), target)
@@ -98,7 +94,7 @@ class Peer(MultimodalLLM):
 
     @torch.no_grad()
     def answer(self, batch):
-        x, real = self.whole_rows(batch)
+        x, real, _ = self.rows(batch)
         ids = self.twin.generate(inputs_embeds=x, attention_mask=real.long(), max_new_tokens=self.answer_len,
                                  do_sample=False, **self.options)
         return [self.tokenizer.decode(row) for row in ids.tolist()]
@@ -157,9 +153,8 @@ def report(title: str, ways: dict, rounds: dict, seconds: dict, flops: int):
     product = 2 * math.prod(PRODUCT) * PRODUCTS * (len(rounds["default"]) - 1) / seconds["product"]
     rows = {name: sum(len(batch.text) for batch in batches[name]) for name in ways}
     for name, net in ways.items():
-        read = len(net.before) if type(net) is MultimodalLLM else 0     # the beginning, which is kept
         with torch.no_grad():                                   # the release's pads count
-            tokens = sum(int(net.rows(batch)[1][:, read:].sum()) for batch in batches[name])
+            tokens = sum(int(net.rows(batch)[1].sum()) for batch in batches[name])
         rate, n, took = flops * weights * tokens / seconds[name], rows[name], seconds[name]
         peer, release = (took / n * rows[other] / seconds[other] for other in ("peer", "release"))
         print(f"{name:9}{n:6}{took:10.2f}{n / took:9.1f}{tokens / n:12.1f}{rate / 1e12:9.3f}"
@@ -227,7 +222,7 @@ def scaling(llm, device: str):
         print(f"{n:4} " + "".join(f"{1e6 * seconds(rows(n, T)) / n / T:13.1f}" for T in sizes))
     print("8 rows of 200 tokens\nrecomputed blocks   kept for backward   forward and backward")
     x, layers = rows(8, 200), llm.config.n_layer
-    for k in sorted({0, layers // 4, layers // 2, 3 * layers // 4, layers}):
+    for k in sorted({0, layers // 4, layers // 2, 3 * layers // 4, layers - 1}):      # the last never does
         print(f"{k:17} {kept_bytes(llm, x, k) / 2**20:15.0f} MiB {seconds(x, k):20.2f} s")
 
 

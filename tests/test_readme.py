@@ -26,6 +26,7 @@ import make  # noqa: E402
 import model  # noqa: E402
 import train  # noqa: E402
 from conftest import small_data  # noqa: E402
+from support import tokenizers  # noqa: E402
 from test_adapter import COUNTS  # noqa: E402
 from tweaks import TWEAKS, copy  # noqa: E402
 
@@ -49,7 +50,8 @@ def flags_of(script: str) -> set:
 
 
 def test_files_exist(page):
-    for name in re.findall(r"[\w./-]+\.(?:py|md|svg|txt)\b|docs/\w+\.json|\b(?:demo|docs|extras|tests)/[\w/]*", page):
+    folders = r"\b(?:demo|docs|support|reports|tests)/[\w/]*"
+    for name in re.findall(r"[\w./-]+\.(?:py|md|svg|txt)\b|docs/\w+\.json|" + folders, page):
         assert any((ROOT / folder / name).exists() for folder in ("", "tests")), name
 
 
@@ -68,7 +70,8 @@ def test_functions_and_tables_exist(page):
     assert len(names) > 30
     for name in names:
         head, *tail = name.split(".")
-        owner = next((getattr(m, head) for m in (adapter, data, eval, model, train) if hasattr(m, head)), None)
+        modules = (adapter, data, eval, model, tokenizers, train)
+        owner = next((getattr(m, head) for m in modules if hasattr(m, head)), None)
         assert owner is not None and all(hasattr(owner, part) for part in tail), name
 
 

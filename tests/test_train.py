@@ -3,6 +3,8 @@
     python tests/test_train.py 30       kill a run with SIGKILL at 30 random moments and compare the end, by hand
 """
 import csv
+import hashlib
+import io
 import json
 import pickle
 import random
@@ -13,12 +15,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
 import torch
+import torch.nn as nn
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,7 +34,8 @@ from adapter import AdapterConfig, MSEAdapter, MultimodalLLM  # noqa: E402
 from conftest import small_data  # noqa: E402
 from data import TASKS, Split, Task, collate, load_split, load_tokenizer, main, read_pickle  # noqa: E402
 from eval import score  # noqa: E402
-from model import LLM, Config, load_llm, read_json  # noqa: E402
+from model import LLM, Config, load_llm  # noqa: E402
+from support.files import UserError, read_json  # noqa: E402
 
 DISABLED = torch.amp.GradScaler("cpu", enabled=False)
 
@@ -40,11 +45,13 @@ def flags(data: Path, out: Path, *more) -> list[str]:
 
 
 def essence(out: Path, seed: int = 1111) -> dict:
-    """What two runs of one seed must share to the byte: all but the times. A finished run holds nothing else."""
+    """What two runs of one seed must share to the byte: all but the times. A finished run holds no state."""
     run = out / str(seed)
-    assert {file.name for file in run.iterdir()} == {
+    files = {file.name for file in run.iterdir()}
+    assert files >= {
         ".lock", "settings.json", "features.json", "log.jsonl", "curves.svg", "adapter.safetensors", "predictions.csv",
         "metrics.json", "results.json"}
+    assert not [name for name in files if name.startswith("state-") or name.endswith(".new")]
     log = [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in (run / "log.jsonl").open()]
     return {"log": log, **{name: (run / name).read_bytes() for name in ("adapter.safetensors", "predictions.csv")}}
 
@@ -102,6 +109,39 @@ def test_settings():
     assert s.out == "runs/simsv2-Qwen-1_8B" and train.resolve(train.Settings(), "llama").patience == 8
 
 
+def test_what_differs_from_the_release(monkeypatch):
+    """Whatever shapes the method, a new flag of a fork's, too; not how a run is computed or read."""
+    def changed(*argv):
+        settings = train.resolve(train.parse_settings(["--data", "meld", "--device", "cpu", *argv]), "chatglm")
+        return train.changed(settings, "chatglm")
+
+    assert changed() == changed("--learning-rate", "5e-5", "--seeds", "7", "--eval-batch", "2", "--out", "x") == []
+    assert changed("--official", "--decode", "labels", "--readout", "mode", "--dtype", "float16") == []
+    assert changed("--max-epochs", "1") == ["max_epochs"]
+    assert changed("--no-mixer", "--modality", "text", "--valid-share", "0.1", "--batch-size", "9") == [
+        "batch_size", "no_mixer", "modality", "valid_share"]
+
+    @dataclass
+    class Forked(train.Settings):
+        dropout: float = train.setting(float, 0.0, "of a fork")
+
+    monkeypatch.setattr(train, "Settings", Forked)
+    assert changed() == [] and changed("--dropout", "0.1") == ["dropout"]
+
+
+def test_what_may_change_before_a_run_goes_on(tmp_path):
+    before = asdict(train.resolve(train.Settings(device="cpu"), "llama"))
+    (tmp_path / "settings.json").write_text(json.dumps(before))
+    free = set()
+    for name in before:
+        try:
+            train.compare(tmp_path / "settings.json", before | {name: "another"})
+            free.add(name)
+        except UserError as error:
+            assert f"begun with {name} " in str(error) and "now 'another'" in str(error)
+    assert free == {"data_dir", "llm", "out", "seeds", "eval_batch", "recompute", "overwrite", "download"}
+
+
 @pytest.mark.parametrize("device, official, bf16, dtype", [
     ("cpu", False, True, "float32"), ("cpu", True, False, "float32"), ("cuda", False, True, "bfloat16"),
     ("cuda:1", False, False, "float16"), ("cuda", True, True, "float16")])
@@ -140,8 +180,9 @@ def kept_numbers(llm, x, recompute: int) -> int:
 def test_memory_plan_counts_what_autograd_keeps(kv_heads, rope_dim):
     config = Config("llama", 128, 4, 8, kv_heads, 16, 352, 100, 500, 1e-5, rope_dim=rope_dim)
     llm, x = LLM(config), torch.randn(2, 48, 128).requires_grad_()
-    saved = kept_numbers(llm, x, 0) - kept_numbers(llm, x, 4)           # by recomputing 4 blocks of 96 tokens
-    assert 4 * 96 * (train.kept_by_block(config) - 128) == pytest.approx(saved, rel=0.2)
+    saved = kept_numbers(llm, x, 0) - kept_numbers(llm, x, 3)           # by recomputing 3 blocks of 96 tokens
+    assert kept_numbers(llm, x, 4) == kept_numbers(llm, x, 3)           # the last of 4 never does
+    assert 3 * 96 * (train.kept_by_block(config) - 128) == pytest.approx(saved, rel=0.2)
 
 
 def test_memory_plan(net, capsys):
@@ -149,8 +190,8 @@ def test_memory_plan(net, capsys):
     settings = train.resolve(train.Settings(device="cpu"), "llama")
     assert train.plan_recompute(net, split, settings) == 0
     settings.recompute = 99
-    assert train.plan_recompute(net, split, settings) == net.llm.config.n_layer
-    assert "3 of 3 blocks recompute" in capsys.readouterr().out
+    assert train.plan_recompute(net, split, settings) == net.llm.config.n_layer - 1
+    assert "2 of 3 blocks recompute" in capsys.readouterr().out
 
 
 def test_a_loss_that_is_not_finite_names_the_tensor(net):
@@ -175,6 +216,51 @@ def test_features_of_another_width_are_refused(net, tmp_path):
     (tmp_path / "demo_valid.pkl").write_bytes(pickle.dumps(rows, 4))
     with pytest.raises(ValueError, match="expected as many in each"):
         train.main(flags(tmp_path, tmp_path))
+
+
+def test_every_group_of_parameters_follows_the_schedule(data, tmp_path, monkeypatch):
+    def two_groups(net):
+        first, *others = net.adapter.parameters()
+        return torch.optim.AdamW([{"params": [first]}, {"params": others, "lr": 9.0}])
+
+    def noting_step(net, optimizer, *rest, step=train.train_step):
+        rates.append([group["lr"] for group in optimizer.param_groups])
+        return step(net, optimizer, *rest)
+
+    rates = []
+    monkeypatch.setattr(train, "make_optimizer", two_groups)
+    monkeypatch.setattr(train, "train_step", noting_step)
+    train.main(flags(data, tmp_path, "--learning-rate", "1e-3"))
+    assert rates == [[train.learning_rate(step, 10, train.WARMUP, 1e-3)] * 2 for step in range(10)]
+
+
+def test_what_trains_is_counted_saved_and_optimized_or_the_run_does_not_begin(data, tmp_path, monkeypatch, capsys):
+    class Headed(MultimodalLLM):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.head = nn.Linear(3, 2)
+
+    class Wider(MSEAdapter):
+        def __init__(self, config):
+            super().__init__(config)
+            self.more = nn.Linear(3, 2)
+
+        def forward(self, *args):
+            return super().forward(*args) + 0 * self.more.weight.sum()
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="^head.weight .* put it into MSEAdapter"):
+        patch.setattr(train, "MultimodalLLM", Headed)
+        train.main(flags(data, tmp_path))
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="^adapter.audio.rnn.weight_ih_l0 .* optimizer"):
+        patch.setattr(train, "make_optimizer", lambda net: torch.optim.AdamW([*net.adapter.parameters()][1:]))
+        train.main(flags(data, tmp_path))
+    assert not (tmp_path / "1111" / "settings.json").exists()
+    monkeypatch.setattr(train, "MSEAdapter", Wider)
+    train.main(flags(data, tmp_path, "--epochs", "1"))
+    saved = load_file(tmp_path / "1111" / "adapter.safetensors")
+    assert "more.weight" in saved
+    trained = sum(x.numel() for x in saved.values())
+    assert f"seed 1111: {trained:,} parameters train, 799,616 are frozen" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -218,7 +304,8 @@ def test_a_share_of_the_rows_is_what_trains(data, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "train_step", counting_step)
     train.main(flags(data, tmp_path, "--train-share", "0.3"))
     assert seen == [8, 4, 8, 4]
-    assert json.loads((tmp_path / "1111" / "results.json").read_text())["train_share"] == 0.3
+    changed = json.loads((tmp_path / "1111" / "results.json").read_text())["changed"]
+    assert changed == ["batch_size", "epochs", "max_epochs", "train_share"]
     with pytest.raises(ValueError, match="begun with train_share 0.3, now 0.5"):
         train.main(flags(data, tmp_path, "--train-share", "0.5"))
 
@@ -269,6 +356,59 @@ def test_interrupted_and_continued_is_uninterrupted(data, finished, tmp_path, mo
     assert len(calls) == stop_at and list((tmp_path / "1111").glob("state-*"))
     train.main(flags(data, tmp_path))
     assert essence(tmp_path) == essence(finished)
+
+
+class Dropping(MSEAdapter):
+    """As a fork's might be: it draws while it trains, and must not while it answers."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, *args):
+        return self.drop(super().forward(*args))
+
+
+def test_dropout_goes_on_as_it_would_have_and_never_acts_in_answers(data, tmp_path, monkeypatch):
+    def evaluate_twice(net, *args, evaluate=train.evaluate):
+        results = [evaluate(net, *args) for _ in range(2)]
+        assert (results[0].probabilities == results[1].probabilities).all()
+        return results[0]
+
+    def stopping_step(net, *args, step=train.train_step):
+        calls.append(net.training)
+        if len(calls) == 7:
+            signal.raise_signal(signal.SIGINT)
+        return step(net, *args)
+
+    calls = []
+    argv = ["--decode", "labels", "--learning-rate", "1e-3"]
+    monkeypatch.setattr(train, "MSEAdapter", Dropping)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "evaluate", evaluate_twice)
+        train.main(flags(data, tmp_path / "calm", *argv))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "train_step", stopping_step)
+        train.main(flags(data, tmp_path / "stopped", *argv))
+    torch.rand(5)                                       # what else is drawn in between does not count
+    train.main(flags(data, tmp_path / "stopped", *argv))
+    assert calls == [True] * 7 and essence(tmp_path / "stopped") == essence(tmp_path / "calm")
+    monkeypatch.setattr("adapter.MSEAdapter", Dropping)
+    monkeypatch.setattr("sys.argv", ["eval.py", str(tmp_path / "calm" / "1111")])
+    eval.main()                                         # writes its answers beside those of the run
+    run = tmp_path / "calm" / "1111"
+    assert (run / "predictions-test.csv").read_bytes() == (run / "predictions.csv").read_bytes()
+
+
+def test_a_state_of_another_version_is_refused(data, begun):
+    newest = sorted(begun.glob("1111/state-*"))[-1]
+    saved = torch.load(newest, weights_only=True)
+    buffer = io.BytesIO()
+    torch.save(saved[:-1], buffer)
+    digest = hashlib.sha256(buffer.getvalue()).hexdigest()
+    newest.with_name(f"state-0009-000000-{digest}.pt").write_bytes(buffer.getvalue())
+    with pytest.raises(UserError, match="begun with another version; start again with --overwrite"):
+        train.main(flags(data, begun))
 
 
 def flip_a_byte(file: Path):
@@ -357,7 +497,8 @@ def test_json_of_ours_is_refused_in_a_sentence(tmp_path, text, words):
 def test_a_record_of_another_shape_is_refused_in_a_sentence(data, finished, tmp_path):
     shutil.copytree(finished / "1111", tmp_path / "1111")
     record = json.loads((tmp_path / "1111" / "results.json").read_bytes())
-    for wrong, words in ((record | {"family": []}, "damaged"), ({"seed": 1}, "expected an object with family, data")):
+    for wrong, words in ((record | {"family": []}, "damaged"), (record | {"changed": ""}, "damaged"),
+                         ({"seed": 1}, "expected an object with family, data")):
         (tmp_path / "1111" / "results.json").write_text(json.dumps(wrong))
         with pytest.raises(ValueError, match=f"results.json: {words}"):
             train.main(flags(data, tmp_path))
@@ -438,7 +579,7 @@ def test_alarms_of_an_epoch(capsys):
     for epoch, answers in enumerate((["0", "1"] * 50, ["0"] * 98 + [""] * 2, ["0"] * 97 + [""] * 3), 1):
         result = score(answers, valid.label, task)
         run.log.append({"epoch": epoch, "loss": 1.0, "valid_unparsed": result.unparsed, "seconds": 9.0})
-        train.tell(run, result, valid)
+        train.print_epoch(run, result, valid)
     first, second, collapsed, unparsed, third, again = capsys.readouterr().out.splitlines()
     assert first.startswith("epoch 1/4: loss 1.0000, valid accuracy 0.5000, ") and first.endswith("far, best yet")
     assert second.startswith("epoch 2/") and third.startswith("epoch 3/") and third.endswith("9 s so far")
@@ -472,8 +613,8 @@ def test_the_table_of_seeds(tmp_path, capsys):
 
 def test_the_releases_figures_stand_beside_the_same_data_and_method_alone(tmp_path, capsys):
     record = {"seed": 1111, "family": "chatglm", "data": "simsv2", "test_acc2": .8, "test_rows": 1034, "line": ""}
-    changes = [({}, True), ({"test_rows": 40}, False), ({"train_share": 1.0, "no_mixer": False}, True),
-               ({"train_share": 0.2}, False), ({"no_mixer": True}, False), ({"modality": "text"}, False)]
+    changes = [({}, True), ({"test_rows": 40}, False), ({"changed": []}, True),
+               ({"changed": ["train_share"]}, False), ({"changed": ["no_mixer", "a_new_one"]}, False)]
     for change, shown in changes:
         train.summarize([record | change] * 2, tmp_path)
         out = capsys.readouterr().out
@@ -510,6 +651,19 @@ def test_never_a_traceback(tmp_path):
     done = subprocess.run([sys.executable, str(ROOT / "train.py"), "--data-dir", str(tmp_path)], cwd=tmp_path,
                           capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
+
+
+def test_a_mistake_in_the_code_shows_its_traceback():
+    script = """
+import runpy, data
+def load_split(*args):
+    raise ValueError("a mistake of a fork")
+data.load_split = load_split
+runpy.run_path("train.py", run_name="__main__")
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("Traceback")
+    assert done.stderr.endswith("ValueError: a mistake of a fork\n")
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def tweaked(request, tmp_path, monkeypatch):
     """The modules of a copy of the code with a tweak, in the place of the project's."""
     copy(tmp_path)
     edit(tmp_path, TWEAKS[request.param])
-    ours = {Path(file).stem for file in CODE} | {"extras"}
+    ours = {Path(file).stem for file in CODE} | {"support", "reports"}
     for name in list(sys.modules):
         if name.split(".")[0] in ours:
             monkeypatch.delitem(sys.modules, name)

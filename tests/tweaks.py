@@ -26,12 +26,13 @@ TWEAKS = {
     "one pseudo token": ["--pseudo-tokens", "1"],
     "independent pseudo tokens": ["--independent-tokens"],
     "mean over frames": [
-        ("adapter.py", "h = states.take_along_dim(lengths.clamp(min=1)[:, None, None] - 1, dim=1)[:, 0]",
-         "real = torch.arange(x.size(1), device=x.device) < lengths[:, None]\n"
-         "        h = (states * real[..., None]).sum(1) / lengths.clamp(min=1)[:, None]")],
+        ("adapter.py", """        last = lengths.clamp(min=1) - 1
+        h = states.take_along_dim(last[:, None, None], dim=1)[:, 0]""",
+         """        real = torch.arange(x.size(1), device=x.device) < lengths[:, None]            # (B, L)
+        h = (states * real[..., None]).sum(dim=1) / lengths.clamp(min=1)[:, None]""")],
     "GRU": [("adapter.py", "self.rnn = nn.LSTM(", "self.rnn = nn.GRU(")],
     "guided by the LLM's reading": [
-        ("adapter.py", "mean = (x.float()", "mean = (self.llm(x, is_text).float()")],
+        ("adapter.py", "text_sum = (x.float()", "text_sum = (self.llm(x, is_text).float()")],
     "modality dropout": [
         ("train.py", "loss = train_step(run.net, run.optimizer, run.scaler, collate(train, rows), recompute)",
          """batch = without_some(collate(train, rows), [run.seed, epoch, run.step])
@@ -42,6 +43,7 @@ TWEAKS = {
     keep = torch.from_numpy(np.random.RandomState(seed).rand(2, len(batch.text)) > 0.2)
     return batch._replace(audio_len=batch.audio_len * keep[0], video_len=batch.video_len * keep[1])
 
+
 def train_epoch(""")],
     "label head": [                 # one score for each class, or for each step of 0.1 of an intensity
         ("adapter.py", "    def __post_init__(",
@@ -49,15 +51,15 @@ def train_epoch(""")],
 
     def __post_init__("""),
         ("train.py", "modality=s.modality,", "modality=s.modality, labels=len(self.task.values()),"),
-        ("adapter.py", "        self.project =",
+        ("adapter.py", "        if c.independent_tokens:",
          """        self.head = nn.Linear(c.dim, c.labels)
-        self.project ="""),
+        if c.independent_tokens:"""),
         ("adapter.py", "    def loss(",
          """    def scores(self, batch, recompute: int = 0):
         \"\"\"Of every legal label, (B, labels), from the hidden state in front of the label.\"\"\"
         x, real, _ = self.rows(batch)
-        hidden = self.llm(x, real, self.beginning(), recompute, last=1)[:, 0]                     # (B, C)
-        return self.adapter.head(hidden.float())
+        hidden = self.llm(x, real, recompute=recompute, last=1)                 # (B, 1, C)
+        return self.adapter.head(hidden[:, 0].float())
 
     def loss(self, batch, recompute: int = 0):
         \"\"\"Cross-entropy of the legal label nearest to the row's.\"\"\"
@@ -79,29 +81,32 @@ def train_epoch(""")],
     \"\"\"Log-probabilities (B, labels) of the task's legal labels, from the head.\"\"\"
     return net.scores(batch).log_softmax(dim=-1)
 
+
 @torch.no_grad()
 def label_logprobs_in_text(""")],
     "LoRA beside the adapter": [    # of rank 8, on queries, keys and values of every block; blocks cannot recompute
         "--recompute", "0",
-        ("model.py", "        self.config, self.layer = config, layer",
-         """        self.config, self.layer = config, layer
+        ("model.py", "        self.layer = layer",
+         """        self.layer = layer
         self.lora = None                        # the adapter's, while its rows are read"""),
-        ("model.py", "qkv = at_real(self.qkv, x, places.real).unflatten(2, (-1, c.head_dim))",
-         """qkv = at_real(self.qkv, x, places.real)
+        ("model.py", "qkv = self.qkv(x).unflatten(1, (-1, c.head_dim))",
+         """qkv = self.qkv(x)
         if self.lora is not None:
-            qkv = qkv + at_real(self.lora, x, places.real)
-        qkv = qkv.unflatten(2, (-1, c.head_dim))"""),
+            qkv = qkv + self.lora(x)
+        qkv = qkv.unflatten(1, (-1, c.head_dim))"""),
         ("adapter.py", "class MSEAdapter(",
          """class LoRA(nn.Module):
     \"\"\"B A x, which is added to W x; B begins with zeros, so that the LLM begins as it was.\"\"\"
 
     def __init__(self, dim: int, out: int, rank: int = 8):
         super().__init__()
-        self.a, self.b = nn.Linear(dim, rank, bias=False), nn.Linear(rank, out, bias=False)
+        self.a = nn.Linear(dim, rank, bias=False)
+        self.b = nn.Linear(rank, out, bias=False)
         nn.init.zeros_(self.b.weight)
 
     def forward(self, x):
         return self.b(self.a(x.float())).type_as(x)
+
 
 class MSEAdapter("""),
         ("adapter.py", "    def __post_init__(",
@@ -109,16 +114,20 @@ class MSEAdapter("""),
     qkv_width: int = 0
 
     def __post_init__("""),
-        ("adapter.py", "        self.project =",
+        ("adapter.py", "        if c.independent_tokens:",
          """        self.lora = nn.ModuleList(LoRA(c.dim, c.qkv_width) for _ in range(c.layers))
-        self.project ="""),
+        if c.independent_tokens:"""),
         ("train.py", "modality=s.modality,",
          """modality=s.modality,
             layers=llm.config.n_layer, qkv_width=llm.blocks[0].attn.qkv.out_features,"""),
-        ("adapter.py", "        P, L = ",
+        ("adapter.py", "        self.llm = llm",
+         """        self.llm = llm
+        for block in llm.blocks:
+            block.attn.lora = None              # that of another adapter, whose rows it read before"""),
+        ("adapter.py", "        P = self.adapter.config.pseudo_tokens",
          """        for block, lora in zip(self.llm.blocks, self.adapter.lora):
-            block.attn.lora = lora              # now a part of the LLM trains: beginning() reads it anew
-        P, L = """)],
+            block.attn.lora = lora
+        P = self.adapter.config.pseudo_tokens""")],
 }
 
 
@@ -126,7 +135,7 @@ def copy(folder):
     """Copy the code and the demo to a folder."""
     for name in CODE:
         shutil.copy(ROOT / name, folder)
-    for name in ("extras", "docs", "demo"):
+    for name in ("support", "reports", "docs", "demo"):
         shutil.copytree(ROOT / name, Path(folder, name))
 
 
