@@ -100,6 +100,8 @@ def clip_report(results: dict, task: Task) -> dict:
     for variant, result in results.items():
         p = result.probabilities[0]
         answer = {"label": names[p.argmax()], "probability": p.max()}
+        if result.unparsed:             # not a number: the backbone's arithmetic broke
+            answer["label"] = None
         if not task.labels:
             answer["mean"], answer["std"] = result.moments()[:, 0]
         answer["probabilities"] = dict(zip(names, p))

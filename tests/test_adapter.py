@@ -105,6 +105,7 @@ def slow_pseudo_tokens(net, batch, n):
     return torch.stack([scale * h + shift for (scale,), shift in zip(w["spread.weight"], w["spread.bias"])])
 
 
+@pytest.mark.release
 def test_pseudo_tokens_are_the_papers_formulas(net):
     batch = rows(net.task, range(5))
     pseudo = net.pseudo_tokens(batch).detach()
@@ -129,7 +130,7 @@ def slow_row(net, batch, n, label):
     before = [net.tokenizer.token_id(name) for name in words.bos] + encode(words.open)
     after = encode(batch.text[n])[:net.task.text_len] + encode(words.close) + encode(words.prompt) + label
     before, after = (net.llm.embed(torch.tensor(ids)) for ids in (before, after))
-    x = torch.cat((before, slow_pseudo_tokens(net, batch, n), after))
+    x = torch.cat((before, net.pseudo_tokens(batch)[n], after))
     logprob = net.llm.logits(net.llm(x[None]))[0].log_softmax(dim=-1)
     return logprob[-1 - len(label):-1].gather(1, torch.tensor(label)[:, None])[:, 0]
 

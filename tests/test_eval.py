@@ -293,6 +293,7 @@ def test_without_switches_nothing_changes():
     assert {name for name, _ in MSEAdapter(AdapterConfig(36, 4, 6, 5, 3, 2)).named_parameters()} == set(OFFICIAL_NAMES)
 
 
+@pytest.mark.release
 @pytest.mark.parametrize("switches", SWITCHES, ids=" ".join)
 def test_switches(tiny, tmp_path, switches):
     torch.manual_seed(0)

@@ -136,7 +136,7 @@ def test_what_unparsed_intensities_do_to_has0_is_said():
     assert line.endswith("is 1.0000 with them, 1.0000 without them")
     assert alarms(score(answers[:-1], true[:-1], TASKS["mosei"])) != []     # 2 of 99
     assert alarms(score([*answers[:-2], "0.0", "0.0"], true, TASKS["mosei"])) == []     # 1 of 100
-    _, nothing = alarms(score(["what"] * 9, true[:9], TASKS["mosei"]))
+    (nothing,) = alarms(score(["what"] * 9, true[:9], TASKS["mosei"]))
     assert nothing == "9 of 9 answers (100.0%) do not parse and count as 0"
 
 

@@ -110,6 +110,7 @@ def settings_line(output: str) -> str:
     return re.sub(r" (data_dir|out) \S+,", "", " ".join(line.split()))
 
 
+@pytest.mark.release
 def test_the_demos_output_is_of_this_code(page, tmp_path, capsys):
     train.main(["--data-dir", str(small_data(tmp_path)), "--out", str(tmp_path / "out"), "--device", "cpu"])
     real, shown = capsys.readouterr().out, OUTPUT.search(page)[0]
