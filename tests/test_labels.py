@@ -188,7 +188,7 @@ def test_a_seed_twice_is_refused(tmp_path):
 def write_own(folder, splits):
     """Rows of a task "own" with an intensity that their length tells."""
     for split in splits:
-        rows = pickle.loads((HERE.parent / "demo" / f"demo_{split}.pkl").read_bytes())[:40 if split == "train" else 12]
+        rows = pickle.loads((HERE.parent / "demo" / f"demo_{split}.pkl").read_bytes())[:20 if split == "train" else 6]
         for row in rows:
             row["label"] = round(len(row["features"]["text"]) % 20 / 10 - 1, 1)
         (folder / f"own_{split}.pkl").write_bytes(pickle.dumps(rows, 4))
@@ -205,7 +205,7 @@ def test_validation_rows_can_be_drawn_from_the_training_rows(tmp_path, monkeypat
         train.main(own_flags(tmp_path))
     train.main([*own_flags(tmp_path), "--valid-share", "0.1"])
     first = capsys.readouterr().out.splitlines()[0]
-    assert first.startswith("own: 36 train, 4 valid (drawn from train by the seed), 12 test rows")
+    assert first.startswith("own: 18 train, 2 valid (drawn from train by the seed), 6 test rows")
     whole = load_split(TASKS["own"], tmp_path, "train")
     train_rows, valid_rows = divide(whole, 0.1, 1111)
     assert sorted(train_rows.id + valid_rows.id, key=int) == whole.id           # whole and disjoint
