@@ -171,7 +171,7 @@ class MultimodalLLM(nn.Module):
         self.after = tokenizer.encode(words.close) + tokenizer.encode(words.prompt)
         self.label_text = words.label           # a function: 0.4 -> "0.4" or "+0.4"
         self.reread = words.reread              # see LLM.generate
-        self.end = label_end(words, tokenizer, official)        # behind each label
+        self.end = [self.eos_id] if needs_end(words, tokenizer, official) else []      # behind each label
         self.labels = [tokenizer.encode(text) + self.end for text in words.labels]      # every legal one
         self.answer_len = max(len(ids) for ids in self.labels)
 
@@ -234,7 +234,7 @@ class MultimodalLLM(nn.Module):
         target = self.tensor([[-100] * (n - len(ids)) + ids for ids in labels])     # (B, n)
         x, real, _ = self.rows(batch, labels)
         hidden = self.llm(x, real, recompute=recompute, last=n + 1)             # (B, n + 1, C)
-        hidden = hidden[:, :-1].flatten(0, 1)                   # in front of each token of a label, (B * n, C)
+        hidden = hidden[:, :-1].flatten(0, 1)                   # in front of each label token, (B * n, C)
         logits = self.llm.logits(hidden)                        # (B * n, V)
         losses = F.cross_entropy(logits, target.flatten(), reduction="none")
         losses = losses.view_as(target)                         # (B, n)
@@ -255,13 +255,10 @@ class MultimodalLLM(nn.Module):
         return answers
 
 
-def label_end(words, tokenizer, official: bool) -> list[int]:
-    """What ends each label: [the end token] where labels have unequally many tokens, else nothing."""
+def needs_end(words, tokenizer, official: bool) -> bool:
+    """Whether the end token is a part of each label: where they have unequally many, unless official."""
     lengths = {len(tokenizer.encode(text)) for text in words.labels}
-    if official or len(lengths) == 1:
-        return []
-    _, eos_id, _ = words.special_ids(tokenizer)
-    return [eos_id]
+    return len(lengths) > 1 and not official
 
 
 # --- Files --------------------------------------------------------------------------------------------------
@@ -270,7 +267,7 @@ def identity(llm, tokenizer, task, official: bool) -> dict:
     c = llm.config
     backbone = f"{c.family}, {c.n_layer} layers, width {c.dim}, weights {llm.fingerprint}"
     mode = "official" if official else "default"
-    if label_end(task.wording(c.family, official), tokenizer, official):
+    if needs_end(task.wording(c.family, official), tokenizer, official):
         mode = "default, an end token behind each label"
     return {"format": "mse-adapter 1", "backbone": backbone, "task": task.name, "mode": mode}
 

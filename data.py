@@ -104,6 +104,14 @@ class Task:
         """The validation metric that chooses the best epoch: the largest weighted F1 or smallest MAE."""
         return "weighted_f1" if self.labels else "mae"
 
+    def nearest(self, x):
+        """The number of the mark nearest to each value, of two equally near ones the even; nan stays nan."""
+        marks = self.marks()
+        step = marks[1] - marks[0]
+        steps = np.round(np.array(x) / step)            # from 0
+        first = round(marks[0] / step)
+        return (steps - first).clip(0, len(marks) - 1)
+
     def number(self, label) -> int | float | None:
         """A file's label as what is learned: "joy" -> 4, an intensity as it is; None if it is no label."""
         if self.labels:
@@ -122,7 +130,7 @@ class Task:
         return [i / 10 for i in range(round(10 * low), round(10 * high) + 1)]
 
     def marks(self) -> list:
-        """Evenly spaced intensities for tables and bars: -3, -2, ... 3; of a range below 2.5 every 0.2."""
+        """Evenly spaced intensities for tables and bars: -3, -2, ... 3; of a range up to 2.4 every 0.2."""
         low, high = self.range
         for step in (0.2, 1, 2, 5, 10, 100, high - low):
             if (high - low) / step <= 12:
@@ -371,12 +379,13 @@ def some_rows(split: Split, rows) -> Split:
     return Split(**columns)
 
 
-def divide(train: Split, share: float, seed: int) -> tuple[Split, Split]:
-    """What is left of the training rows, and a `share` of them, drawn by the seed, to validate with."""
-    order = np.random.RandomState(seed).permutation(len(train))
-    n = max(1, round(share * len(train)))
-    n = min(n, len(train) - 1)                  # each of the two has a row
-    return some_rows(train, sorted(order[n:])), some_rows(train, sorted(order[:n]))
+def share_of(split: Split, share: float, seed: int, left: int = 0) -> tuple[Split, Split]:
+    """A random `share` of the rows, and the others, at least `left`. Of one seed a smaller share lies within
+    a larger one."""
+    order = np.random.RandomState(seed).permutation(len(split))
+    n = max(1, round(share * len(split)))
+    n = min(n, len(split) - left)
+    return some_rows(split, sorted(order[:n])), some_rows(split, sorted(order[n:]))
 
 
 # --- Reading a split ----------------------------------------------------------------------------------------
@@ -393,9 +402,9 @@ FIELDS = tuple(COLUMNS)
 NO_VALID = "; or take validation rows from the training rows: train.py --valid-share 0.1"
 
 
-def load_split(task: Task, data_dir, split: str) -> Split:
+def load_split(task: Task, data_dir, split: str, fetch: bool = False) -> Split:
     """Read "train", "valid" or "test"; tells on stderr what is odd. Raises DataError for what is unusable."""
-    file = find_data(task, data_dir, split)
+    file = find_data(task, data_dir, split, fetch)
     data = read_split(task, file, split)
     odd = Counter()
     for row, _, has, unusable in problems(task, data, {}):
@@ -486,7 +495,7 @@ def settle_lengths(columns):
             length = lengths[row]
             if length is None:
                 lengths[row] = len(x)
-                if not x[-1:].any():
+                if len(x) > 0 and not x[-1].any():
                     oddities[f"no {kind} length, but zeros at the end, which are read"] += 1
             elif isinstance(length, int) and length > len(x):
                 lengths[row] = len(x)

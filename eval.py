@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from adapter import AdapterError, MultimodalLLM, load_adapter
 from data import HERE, SPLITS, TASKS, Split, Task
-from data import collate, divide, find_llm, load_split, load_tokenizer, some_rows
+from data import collate, find_llm, load_split, load_tokenizer, share_of, some_rows
 from model import CheckpointError, KVCache, load_llm
 from reports import backbone
 from reports.clip import clip_report, clip_row, clip_text
@@ -209,14 +209,6 @@ def metrics_of(task: Task):
     return mosei_metrics
 
 
-def nearest(x, marks: list):
-    """The number of the mark nearest to each value, of two equally near ones the even; nan stays nan."""
-    step = marks[1] - marks[0]
-    steps = np.round(x / step)          # from 0
-    first = round(marks[0] / step)
-    return (steps - first).clip(0, len(marks) - 1)
-
-
 def bootstrap(metric, pred, true, seed: int = 0, draws: int = 1000) -> dict:
     """{name: (low, high)}: the 95 % percentile interval of each score of `metric`, over `draws` resamplings
     of the rows with replacement; a draw in which a score is nan does not count for that score. `pred` may be
@@ -300,7 +292,7 @@ class Result:
             pred, true = bins(both, SIMS_EDGES)
         else:
             names = [f"{mark:g}" for mark in task.marks()]
-            pred, true = nearest(both, task.marks())
+            pred, true = task.nearest(both)
         return truth_table(names, confusion(pred, true, len(names)))
 
 
@@ -341,7 +333,7 @@ def score_labels(probabilities: np.ndarray, true: list, task: Task, readout: str
         half = probabilities.cumsum(axis=1) >= 0.5 - 1e-9
         pred = labels[half.argmax(axis=1)]      # the first that is True
     result.pred = np.where(broken, 0, pred)
-    result.values = [None if nan else value for nan, value in zip(broken, pred.tolist())]
+    result.values = [None if bad else value for bad, value in zip(broken, pred.tolist())]
     return result
 
 
@@ -422,7 +414,7 @@ def evaluate(net: MultimodalLLM, split: Split, size: int, decode="greedy", reado
             outputs[row] = answer           # in the split's order
     if decode == "greedy":
         return score(outputs, split.label, net.task, net.official)
-    probabilities = torch.stack(outputs).exp().double().cpu().numpy()           # (rows, labels)
+    probabilities = torch.stack(outputs).exp().cpu().double().numpy()           # (rows, labels)
     return score_labels(probabilities, split.label, net.task, readout)
 
 
@@ -614,7 +606,7 @@ def read_rows(task: Task, settings: dict, args) -> Split:
     data_dir = args.data_dir or settings["data_dir"] or HERE / task.home
     if args.split == "valid" and settings["valid_share"]:
         train = load_split(task, data_dir, "train")
-        _, valid = divide(train, settings["valid_share"], settings["seed"])
+        valid, _ = share_of(train, settings["valid_share"], settings["seed"], left=1)
         return valid
     return load_split(task, data_dir, args.split)
 

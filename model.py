@@ -81,7 +81,7 @@ def apply_rope(x, rope, interleaved: bool):
     cos, sin = rope
     R = 2 * cos.size(-1)        # all of a head, but for ChatGLM3, whose other half knows no position
     turned, rest = x[..., :R], x[..., R:]
-    turned = turned.to(torch.promote_types(x.dtype, torch.float32))
+    turned = turned.to(torch.promote_types(x.dtype, torch.float32))     # fp32 at least
     if interleaved:             # the pairs are channels (0,1), (2,3), ...
         a, b = turned[..., 0::2], turned[..., 1::2]
     else:                       # (0,R/2), (1,R/2+1), ...
@@ -105,13 +105,13 @@ class Places:
         . g h i                0 1 1 1
     """
 
-    def __init__(self, mask, sees):
+    def __init__(self, mask, sees, positions, config: Config):
         self.shape = mask.shape             # B, T
         self.sees = sees                    # (B, 1, T, S) bool: which positions each new one looks at
         self.real = mask.flatten().nonzero()[:, 0]      # (N,): numbers of the real positions among B * T
         if len(self.real) == mask.numel():
             self.real = None                # all are real: packing and unpacking cost nothing
-        self.rope = None                    # see rope_table
+        self.rope = rope_table(self.pack(positions), config)
 
     def pack(self, x):
         """(B, T, ...) -> (N, ...)."""
@@ -189,10 +189,11 @@ class Attention(nn.Module):
         q, k, v = (places.unpack(t).transpose(1, 2) for t in (q, k, v))
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)                   # (B, K, S, D)
-        if c.n_kv_head < c.n_head:
-            # Query head h reads key/value head h // (H/K): 0 0 0 1 1 1, not 0 1 0 1 0 1.
-            k = k.repeat_interleave(c.n_head // c.n_kv_head, dim=1)
-            v = v.repeat_interleave(c.n_head // c.n_kv_head, dim=1)
+        shared = c.n_head // c.n_kv_head    # query heads that read one key/value head
+        if shared > 1:
+            # Query head h reads key/value head h // shared: 0 0 0 1 1 1, not 0 1 0 1 0 1.
+            k = k.repeat_interleave(shared, dim=1)
+            v = v.repeat_interleave(shared, dim=1)
         h = F.scaled_dot_product_attention(q, k, v, attn_mask=places.sees)      # (B, H, T, D)
         h = h.transpose(1, 2).flatten(2)                            # (B, T, H * D)
         return self.out(places.pack(h))                             # (N, C)
@@ -317,9 +318,7 @@ class LLM(nn.Module):
         query = key[-T:, None]                                      # (T, 1)
         sees = (key <= query) & seen[:, None]                       # (B, T, S)
         sees = sees | (key == query)    # padding must look at something: itself
-        places = Places(mask, sees[:, None])
-        places.rope = rope_table(places.pack(positions.expand(B, T)), self.config)
-        return places
+        return Places(mask, sees[:, None], positions.expand(B, T), self.config)
 
     @torch.no_grad()
     def generate(self, x, max_new_tokens: int, mask=None, eos_id: int | None = None, reread=False):
@@ -390,14 +389,14 @@ def load_llm(path, device="cpu", dtype=torch.float32) -> LLM:
         start = 0
         for source in sources(llm.config, name):
             file, _ = stored[source]
-            tensor = open_tensors(file)[source]     # mapped anew: what was read stays in memory until then
+            # Opened anew: what was read through a mapping stays in memory as long as that does.
+            tensor = open_tensors(file)[source]
             weight[start:start + len(tensor)].copy_(tensor)
             start += len(tensor)
             first = tensor.flatten()[:1024].clone()
             seal.update(first.view(torch.uint8).numpy().tobytes())
         weights[name] = weight
-    llm.load_state_dict(weights, assign=True)
-    llm.requires_grad_(False)
+    llm.load_state_dict(weights, assign=True)       # frozen, as it was
     llm.fingerprint = seal.hexdigest()[:16]     # the first 1024 numbers of every tensor, as stored
     return llm
 
@@ -513,18 +512,18 @@ def check_tensors(path: Path, llm: LLM, stored: dict):
 
 # Our sizes: where config.json has them. Where it has two of the keys, the first counts.
 KEYS = {
-    "dim": ["hidden_size"],
-    "n_layer": ["num_hidden_layers", "num_layers"],
-    "n_head": ["num_attention_heads"],
-    "n_kv_head": ["multi_query_group_num", "num_key_value_heads"],
-    "head_dim": ["kv_channels", "head_dim"],
-    "ffn_dim": ["ffn_hidden_size", "intermediate_size"],
-    "vocab_size": ["padded_vocab_size", "vocab_size"],
-    "max_len": ["seq_length", "max_position_embeddings"],       # beyond it Qwen's first generation differs
-    "norm_eps": ["layernorm_epsilon", "layer_norm_epsilon", "rms_norm_eps"],
-    "rope_theta": ["rotary_emb_base", "rope_theta"],
-    "qkv_bias": ["add_qkv_bias"],
-    "tied_head": ["tie_word_embeddings"],
+    "dim": "hidden_size",
+    "n_layer": "num_hidden_layers num_layers",
+    "n_head": "num_attention_heads",
+    "n_kv_head": "multi_query_group_num num_key_value_heads",
+    "head_dim": "kv_channels head_dim",
+    "ffn_dim": "ffn_hidden_size intermediate_size",
+    "vocab_size": "padded_vocab_size vocab_size",
+    "max_len": "seq_length max_position_embeddings",       # beyond it Qwen's first generation differs
+    "norm_eps": "layernorm_epsilon layer_norm_epsilon rms_norm_eps",
+    "rope_theta": "rotary_emb_base rope_theta",
+    "qkv_bias": "add_qkv_bias",
+    "tied_head": "tie_word_embeddings",
 }
 SWITCHED = ("qkv_bias", "tied_head")            # true or false; the others are numbers
 FRACTIONS = ("norm_eps", "rope_theta")          # the other numbers are whole
@@ -554,14 +553,14 @@ def read_sizes(file: Path) -> dict:
     """The fields of Config in a config.json. Raises CheckpointError for what is missing or not here."""
     raw = read_json(file)
     family = raw.get("model_type")
-    if family not in list(SWITCHES):
+    if family not in list(SWITCHES):            # a list: what a file holds may have no hash
         raise CheckpointError(f"{file}: model_type is {family!r:.80}; use a backbone of a family that is "
                               f"implemented: {', '.join(SWITCHES)}")
     rope_llama3 = lift_rope(raw, file)
     check_features(raw, file)
     sizes = {"family": family, "rope_llama3": rope_llama3, **SWITCHES[family]}
     for name, keys in KEYS.items():
-        for key in reversed(keys):              # the first one that is there has the last word
+        for key in reversed(keys.split()):      # the first one that is there has the last word
             if raw.get(key) is not None:
                 sizes[name] = raw[key]
     sizes.setdefault("n_kv_head", sizes.get("n_head"))      # each head has keys and values of its own
@@ -590,8 +589,8 @@ def check_number(name: str, value, file: Path):
     kinds = (int, float) if name in FRACTIONS else (int,)
     if type(value) not in kinds or not 0 < value < LIMITS.get(name, 2**24):
         problem = "missing" if value is None else repr(value)[:80]
-        raise CheckpointError(f"{file}: {' or '.join(KEYS[name])} is {problem}, expected a positive number; "
-                              "fetch the file again")
+        keys = KEYS[name].replace(" ", " or ")
+        raise CheckpointError(f"{file}: {keys} is {problem}, expected a positive number; fetch the file again")
 
 
 def lift_rope(raw: dict, file: Path) -> tuple:

@@ -21,15 +21,14 @@ import time
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn as nn
 from tqdm import tqdm
 
 from adapter import MODALITIES, AdapterConfig, AdapterError, MSEAdapter, MultimodalLLM, adapter_bytes
-from data import FEATURES, HERE, SPLITS, TASKS, Split, collate, divide, epoch_rows, find_data, find_llm
-from data import load_split, load_tokenizer, preset, some_rows
-from eval import DECODE, READOUT, ablation, alarms, evaluate, evaluate_all, feature_range, side_by_side, way
+from data import FEATURES, HERE, SPLITS, TASKS, Split, collate, epoch_rows, find_llm
+from data import load_split, load_tokenizer, preset, share_of
+from eval import DECODE, READOUT, ablation, alarms, evaluate, evaluate_all, feature_range, side_by_side
 from model import CheckpointError, Config, load_llm
 from reports.pictures import curves
 from reports.tables import recorded, summarize, write_results
@@ -206,7 +205,7 @@ def learning_rate(step: int, steps: int, warmup: float, peak: float) -> float:
     """
     climb = steps * warmup
     if step < climb:
-        return peak * step / max(1, climb)
+        return peak * step / climb
     if step < steps:
         fallen = (step - climb) / max(1, steps - climb)     # 0 to 1
         return peak * 0.5 * (1 + math.cos(math.pi * fallen))
@@ -265,8 +264,8 @@ def plan_recompute(net: MultimodalLLM, train: Split, settings: Settings) -> int:
     if settings.recompute is None and x.is_cuda:
         free, _ = torch.cuda.mem_get_info(x.device)
         excess = layers * most - 0.8 * free / GIB               # a fifth is left for the head and the adapter
-        blocks = max(0, math.ceil(excess / (most - least)))
-    blocks = min(blocks, layers - 1)
+        blocks = math.ceil(excess / (most - least))
+    blocks = min(max(0, blocks), layers - 1)
     weights = sum(p.nbytes for p in net.llm.parameters()) / GIB
     print(f"memory: weights {weights:.2f} GiB, activations {layers * most:.2f} GiB without and "
           f"{(layers - 1) * least + most:.2f} GiB with recomputation: {blocks} of {layers} blocks recompute",
@@ -314,7 +313,7 @@ def train_epoch(run: "Run", train: Split, recompute: int):
             for group in run.optimizer.param_groups:        # there may be several
                 group["lr"] = rate
             loss = train_step(run.net, run.optimizer, run.scaler, collate(train, rows), recompute)
-            run.loss_sum = run.loss_sum + loss.double()
+            run.loss_sum = run.loss_sum + loss.double()     # a long sum of small numbers
             run.step += 1
         # Now and then the GPU is waited for.
         if run.step % 20 == 0 or run.step == steps:
@@ -378,10 +377,12 @@ class Run:
         for group in self.optimizer.param_groups:
             stepped.update(group["params"])
         for name, p in self.net.named_parameters():
-            if p.requires_grad and p not in saved:
+            if not p.requires_grad:
+                continue
+            if p not in saved:
                 raise UserError(f"{name} wants a gradient, but stands outside of the adapter, where it would "
                                 "neither be counted nor saved; put it into MSEAdapter, or freeze it")
-            if p.requires_grad and p not in stepped:
+            if p not in stepped:
                 raise UserError(f"{name} wants a gradient, but the optimizer does not have it; add it in "
                                 "make_optimizer, or freeze it")
 
@@ -389,8 +390,11 @@ class Run:
         """Counted from 1; 0 if there is none yet."""
         if not self.log:
             return 0
-        scores = [entry[f"valid_{self.task.select}"] for entry in self.log]
-        best = max if self.task.labels else min             # a weighted F1 or an MAE
+        best, worst = (max, -math.inf) if self.task.labels else (min, math.inf)     # a weighted F1 or an MAE
+        scores = []
+        for entry in self.log:
+            score = entry[f"valid_{self.task.select}"]
+            scores.append(worst if math.isnan(score) else score)
         return scores.index(best(scores)) + 1
 
     def close_epoch(self, result):
@@ -458,15 +462,9 @@ def remove(folder: Path, *patterns: str):
 def training_rows(settings: Settings, splits: dict, seed: int):
     """The rows to train with, before --train-share, and those to validate with."""
     if settings.valid_share:
-        return divide(splits["train"], settings.valid_share, seed)
+        valid, train = share_of(splits["train"], settings.valid_share, seed, left=1)
+        return train, valid
     return splits["train"], splits["valid"]
-
-
-def share_of(split: Split, part: float, seed: int) -> Split:
-    """A random `part` of the rows; a smaller one lies within a larger one of the same seed."""
-    order = np.random.RandomState(seed).permutation(len(split))
-    n = max(1, round(part * len(split)))
-    return some_rows(split, sorted(order[:n]))
 
 
 def train_run(settings: Settings, identity: dict, llm, tokenizer, splits: dict) -> dict:
@@ -478,12 +476,12 @@ def train_run(settings: Settings, identity: dict, llm, tokenizer, splits: dict) 
     folder = Path(settings.out, str(seed))
     results = folder / "results.json"           # written last: where it is, the run is finished
     train, valid = training_rows(settings, splits, seed)
-    train = share_of(train, settings.train_share, seed)
+    train, _ = share_of(train, settings.train_share, seed)
     if settings.overwrite:
         remove(folder, *WRITTEN)
     compare(folder / "settings.json", identity)
     if results.is_file():
-        record = read_json(results, ("seed", "family", "data", "line", "changed"))
+        record = read_json(results, ("seed", "family", "data", "line", "changed", "test_rows"))
         for name, value in record.items():
             kind = list if name == "changed" else str | int | float
             if not isinstance(value, kind):
@@ -510,7 +508,7 @@ def test(run: Run, split: Split) -> dict:
     s = run.settings
     results = evaluate_all(run.best, split, s.eval_batch, s.decode, s.readout)
     write_results(run.folder, split, results)
-    result = results[way(run.task, s.decode, s.readout)]    # the others: in metrics.json and predictions.csv
+    result = next(iter(results.values()))       # the run's way; the others are in metrics.json
     print(f"test (best epoch {run.best_epoch()}): {result.line()}", flush=True)
     for alarm in alarms(result):
         print(alarm)
@@ -585,9 +583,7 @@ def load_splits(settings: Settings) -> dict:
     for name in SPLITS:
         if name == "valid" and settings.valid_share:
             continue
-        if settings.download:
-            find_data(task, data_dir, name, fetch=True)
-        splits[name] = load_split(task, data_dir, name)
+        splits[name] = load_split(task, data_dir, name, settings.download)
     if settings.valid_share and len(splits["train"]) < 2:
         raise UserError(f"{data_dir}: one training row cannot be shared; expected at least two")
     widths = {(split.audio[0].shape[1], split.video[0].shape[1]) for split in splits.values()}
@@ -602,6 +598,7 @@ def print_settings(settings: Settings, splits: dict, family: str):
     drawn = " (drawn from train by the seed)" if settings.valid_share else ""
     print(f"{settings.data}: {len(train)} train, {len(valid)} valid{drawn}, {len(splits['test'])} test rows; "
           f"backbone {settings.backbone()} ({family})")
+    # What is off or not used, False or 0.0, is left out.
     chosen = [f"{name} {value}" for name, value in asdict(settings).items() if value not in (None, False)]
     text = "settings: " + ", ".join(chosen)
     print(textwrap.fill(text, 110, subsequent_indent="  ", break_on_hyphens=False), flush=True)
@@ -614,6 +611,8 @@ def main(argv=None):
     seeds = settings.seeds
     if len(set(seeds)) < len(seeds):
         raise UserError(f"--seeds {' '.join(map(str, seeds))}: a seed twice; name each seed once")
+    if min(seeds) < 0 or max(seeds) >= 2**32:
+        raise UserError(f"--seeds {' '.join(map(str, seeds))}: expected whole numbers from 0 to {2**32 - 1}")
     task = TASKS[settings.data]
 
     # The data, and the settings that were left to it and to the backbone.

@@ -233,11 +233,8 @@ def describe_labels(task, numbers: list):
     """Print a bar for each class, or for each step in the range of an intensity."""
     names = task.labels
     if not names:
-        marks = task.marks()
-        names = [f"{mark:+.1f}" for mark in marks]
-        step = marks[1] - marks[0]
-        first = round(marks[0] / step)
-        numbers = [round(y / step) - first for y in numbers]        # now the number of its mark
+        names = [f"{mark:+.1f}" for mark in task.marks()]
+        numbers = task.nearest(numbers).tolist()        # now the number of its mark
     for i, name in enumerate(names):
         n = numbers.count(i)
         share = n / len(numbers)

@@ -27,10 +27,9 @@ def read_json(file: Path, keys=()) -> dict:
         json.dumps(found, ensure_ascii=False).encode()      # refuses halves of characters, "\ud800"
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: not valid JSON ({brief(error)}); fetch or make it again") from None
-    if not isinstance(found, dict):
-        names = ", ".join(keys) or "names"
-        raise UserError(f"{file}: expected an object with {names}; make it again")
-    missing = [key for key in keys if key not in found]
+    missing = keys or ["names"]
+    if isinstance(found, dict):
+        missing = [key for key in keys if key not in found]
     if missing:
         raise UserError(f"{file}: expected an object with {', '.join(missing)}; make it again")
     return found

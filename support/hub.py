@@ -1,7 +1,7 @@
 """The hub: its client, huggingface_hub, is optional, and knows cache, mirrors and tokens."""
 from pathlib import Path
 
-from support.files import DataError
+from support.files import DataError, brief
 
 LLM_FILES = ["*.json", "*.model", "*.tiktoken", "merges.txt", "*.safetensors"]
 HUB_ADVICE = {      # for each kind of error of its client
@@ -35,7 +35,7 @@ def hub_folder(repo: str, kind: str, files: list, fetch: bool) -> Path | None:
     except Exception as error:      # whatever its client raises
         if not fetch:
             return None
-        reason = " ".join(str(error).split())[:200]
+        reason = brief(error)[:200]
         advice = HUB_ADVICE.get(type(error).__name__, "check the network and the name")
         raise DataError(f"{repo} cannot be fetched ({reason}): {advice}; or by hand: "
                         f"hf download {repo} --repo-type {kind}") from None

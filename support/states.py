@@ -9,7 +9,7 @@ from support.files import UserError, write_atomic
 
 
 def save_state(folder: Path, progress: str, state):
-    """Write state-PROGRESS-SHA256.pt. `progress` must sort behind that of the state before."""
+    """Write state-PROGRESS-SHA256.pt. `progress` must not sort in front of that of the state before."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     data = buffer.getvalue()
@@ -20,7 +20,7 @@ def save_state(folder: Path, progress: str, state):
 
 
 def load_state(folder: Path):
-    """The newest undamaged state, on the CPU; None if there is no state. Raises UserError if all are damaged."""
+    """The newest undamaged state, on the CPU; None if there is none. Raises UserError if all are damaged."""
     files = sorted(folder.glob("state-*"), reverse=True)
     for file in files:
         data = file.read_bytes()

@@ -14,7 +14,7 @@ from test_train import flags
 import eval
 import train
 from adapter import AdapterConfig, MultimodalLLM, load_adapter, save_adapter
-from data import TASKS, Split, Task, collate, divide, load_split, load_tokenizer, preset
+from data import TASKS, Split, Task, collate, load_split, load_tokenizer, preset, share_of
 from eval import alarms, evaluate, metrics_of, score, score_labels
 from support.files import UserError
 
@@ -179,6 +179,8 @@ def test_the_tables_rows_follow_the_range(low, high, marks):
 def test_a_seed_twice_is_refused(tmp_path):
     with pytest.raises(ValueError, match="--seeds 1111 1111: a seed twice"):
         train.main(["--out", str(tmp_path), "--seeds", "1111", "1111"])
+    with pytest.raises(ValueError, match="--seeds 1 -1: expected whole numbers from 0 to"):
+        train.main(["--out", str(tmp_path), "--seeds", "1", "-1"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -207,9 +209,9 @@ def test_validation_rows_can_be_drawn_from_the_training_rows(tmp_path, monkeypat
     first = capsys.readouterr().out.splitlines()[0]
     assert first.startswith("own: 18 train, 2 valid (drawn from train by the seed), 6 test rows")
     whole = load_split(TASKS["own"], tmp_path, "train")
-    train_rows, valid_rows = divide(whole, 0.1, 1111)
+    valid_rows, train_rows = share_of(whole, 0.1, 1111, left=1)
     assert sorted(train_rows.id + valid_rows.id, key=int) == whole.id           # whole and disjoint
-    assert divide(whole, 0.1, 1111)[1].id == valid_rows.id != divide(whole, 0.1, 2222)[1].id
+    assert share_of(whole, 0.1, 1111)[0].id == valid_rows.id != share_of(whole, 0.1, 2222)[0].id
     log = json.loads((tmp_path / "out" / "1111" / "log.jsonl").read_text())
     monkeypatch.setattr("sys.argv", ["eval.py", str(tmp_path / "out" / "1111"), "--split", "valid"])
     eval.main()

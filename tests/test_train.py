@@ -284,12 +284,13 @@ def test_a_backbone_in_16_bits(data, tmp_path, monkeypatch, capsys, dtype):
 
 def test_a_share_of_the_rows(data):
     split = load_split(TASKS["demo"], data, "train")
-    few, more = (train.share_of(split, part, 1111) for part in (0.2, 0.5))
+    (few, others), (more, _) = (train.share_of(split, part, 1111) for part in (0.2, 0.5))
     assert (len(few), len(more)) == (8, 20) and set(few.id) < set(more.id) < set(split.id)
     rows = [split.id.index(name) for name in few.id]
     assert rows == sorted(rows) and few.text == [split.text[row] for row in rows]
     assert all(a is split.audio[row] for a, row in zip(few.audio, rows))
-    assert train.share_of(split, 0.2, 7).id != few.id and train.share_of(split, 1.0, 7).id == split.id
+    assert train.share_of(split, 0.2, 7)[0].id != few.id and train.share_of(split, 1.0, 7)[0].id == split.id
+    assert sorted(few.id + others.id, key=int) == split.id
     for wrong in ("0", "1.1", "nan"):
         with pytest.raises(SystemExit):
             train.parse_settings(["--train-share", wrong])

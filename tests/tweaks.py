@@ -34,6 +34,7 @@ TWEAKS = {
     "guided by the LLM's reading": [
         ("adapter.py", "text_sum = (x.float()", "text_sum = (self.llm(x, is_text).float()")],
     "modality dropout": [
+        ("train.py", "import torch\n", "import numpy as np\nimport torch\n"),
         ("train.py", "loss = train_step(run.net, run.optimizer, run.scaler, collate(train, rows), recompute)",
          """batch = without_some(collate(train, rows), [run.seed, epoch, run.step])
             loss = train_step(run.net, run.optimizer, run.scaler, batch, recompute)"""),
