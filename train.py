@@ -1,6 +1,6 @@
 """Train the adapter; the backbone stays frozen.
 
-    python train.py                                             the demo: no download, no GPU, about a minute
+    python train.py                                             the demo: no download, no GPU, a minute or two
     python train.py --data meld --llm PATH [--data-dir DIR]     a data set and a backbone
     python train.py --seeds 1111 2222 3333 4444 5555            the paper's protocol, with a table at the end
     python train.py -h                                          every setting
