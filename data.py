@@ -235,7 +235,7 @@ _QWEN = Family(
     prompts=_LLAMA.prompts | {("zh", "range"): _RANGE_ZH + "[{low:.1f}, {high:+.1f}]之间。响应: 情感为"})
 _CHATGLM = Family(
     "chatglm", bos=("[gMASK]", "sop"), official_bos=("[gMASK]", "sop"), eos="</s>", pad="<unk>",
-    lead={"en": "{question}\n\n ", "zh": "{问题}\n\n "}, reread=True,
+    lead={"en": "{question}\n\n ", "zh": "{问题}\n\n "}, reread=True,     # with the braces
     prompts={
         ("en", "class"): _CLASS_EN + " target" + 49 * " " + "set <{labels}>. response: The emotion is",
         ("zh", "class"): _CLASS_ZH + "响应: 情绪为",

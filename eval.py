@@ -72,10 +72,10 @@ def confusion(pred, true, n: int) -> np.ndarray:
     true = np.asarray(true, int)
     assert pred.shape == true.shape, f"{pred.shape} predictions for {true.shape} true classes"
     assert ((0 <= true) & (true < n)).all(), f"a true class is not one of 0..{n - 1}"
-    is_class = np.isin(pred, np.arange(n))
+    is_class = np.isin(pred, np.arange(n))          # 2.5, -1 and nan are none
     pred = np.where(is_class, pred, n).astype(int)
     counts = np.zeros((n, n + 1), int)
-    np.add.at(counts, (true, pred), 1)
+    np.add.at(counts, (true, pred), 1)              # also where one pair comes several times
     return counts
 
 
@@ -216,7 +216,7 @@ def bootstrap(metric, pred, true, seed: int = 0, draws: int = 1000) -> dict:
     pred = np.asarray(pred, float)
     true = np.asarray(true)
     assert len(pred) == len(true), f"{len(pred)} predictions for {len(true)} true values"
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)   # the same intervals each time
     # 1) score as many rows as there are, drawn with replacement, again and again
     scores = []
     for _ in range(draws):
@@ -330,7 +330,7 @@ def score_labels(probabilities: np.ndarray, true: list, task: Task, readout: str
     if readout == "mean":
         pred, _ = moments(probabilities, task)
     else:
-        half = probabilities.cumsum(axis=1) >= 0.5 - 1e-9
+        half = probabilities.cumsum(axis=1) >= 0.5 - 1e-9       # rounding may leave a sum a little below
         pred = labels[half.argmax(axis=1)]      # the first that is True
     result.pred = np.where(broken, 0, pred)
     result.values = [None if bad else value for bad, value in zip(broken, pred.tolist())]
@@ -402,7 +402,7 @@ def evaluate(net: MultimodalLLM, split: Split, size: int, decode="greedy", reado
     """
     if isinstance(net, torch.nn.Module):        # whatever else answers has no such mode
         net.eval()
-    outputs = [None] * len(split)
+    outputs = [None] * len(split)       # in the split's order, whatever the batches'
     batches = rows_by_length(net, split, size)
     for rows in tqdm(batches, f"{decode} answers", leave=False, disable=None):
         batch = collate(split, rows)
@@ -495,7 +495,7 @@ def alarms(result: Result) -> list[str]:
 # --- What the modalities are worth --------------------------------------------------------------------------
 def variants(split: Split) -> dict:
     """The split as it is, with modalities missing, with one's features in other rows, and without text."""
-    missing = [0] * len(split)
+    missing = [0] * len(split)          # a length of 0: see SequenceEncoder
     order = np.random.RandomState(0).permutation(len(split))
     moved = some_rows(split, order)
     return {

@@ -590,7 +590,8 @@ def check_number(name: str, value, file: Path):
     if type(value) not in kinds or not 0 < value < LIMITS.get(name, 2**24):
         problem = "missing" if value is None else repr(value)[:80]
         keys = KEYS[name].replace(" ", " or ")
-        raise CheckpointError(f"{file}: {keys} is {problem}, expected a positive number; fetch the file again")
+        raise CheckpointError(f"{file}: {keys} is {problem}, expected a positive number; fetch the file "
+                              "again")
 
 
 def lift_rope(raw: dict, file: Path) -> tuple:

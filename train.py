@@ -214,13 +214,14 @@ def learning_rate(step: int, steps: int, warmup: float, peak: float) -> float:
 
 # --- One step -----------------------------------------------------------------------------------------------
 def make_optimizer(net: MultimodalLLM):
+    # The learning rate is set before each step: see train_epoch.
     return torch.optim.AdamW(net.adapter.parameters(), eps=ADAM_EPS, weight_decay=WEIGHT_DECAY)
 
 
 def train_step(net: MultimodalLLM, optimizer, scaler, batch, recompute: int = 0):
     """One step of AdamW on one batch; returns the mean loss of its rows, on the device."""
     optimizer.zero_grad()
-    loss = net.loss(batch, recompute)
+    loss = net.loss(batch, recompute)       # through the frozen LLM, which gets no gradients of its own
     if loss.device.type == "cpu":           # on a GPU each look would make the step wait: train_epoch looks
         check_finite(loss.detach(), net)
     scaler.scale(loss).backward()           # the scaler acts for a float16 backbone only
@@ -254,6 +255,7 @@ def plan_recompute(net: MultimodalLLM, train: Split, settings: Settings) -> int:
     The last block never does: backward begins with it, so nothing would be saved.
     """
     layers = net.llm.config.n_layer
+    # By characters, which is near enough; a batch is padded to its longest row.
     longest = sorted(range(len(train)), key=lambda row: -len(train.text[row]))
     with torch.no_grad():
         x, _, _ = net.rows(collate(train, longest[:settings.batch_size]))       # (B, T, C)
@@ -358,7 +360,7 @@ class Run:
             independent_tokens=s.independent_tokens)
         torch.manual_seed(seed)         # for the adapter's start, and for all that training draws
         adapter = MSEAdapter(config).to(s.device)
-        best = copy.deepcopy(adapter)
+        best = copy.deepcopy(adapter)   # has its own weights: it stays behind while training goes on
         self.net = MultimodalLLM(llm, adapter, tokenizer, self.task, s.official)
         self.best = MultimodalLLM(llm, best, tokenizer, self.task, s.official)     # the best epoch's
         self.optimizer = make_optimizer(self.net)
@@ -409,7 +411,7 @@ class Run:
         self.step = 0
         self.loss_sum = 0.0
         if self.best_epoch() == len(self.log):
-            self.best.adapter.load_state_dict(self.net.adapter.state_dict())
+            self.best.adapter.load_state_dict(self.net.adapter.state_dict())       # a copy of the numbers
 
     def save(self):
         """Write all from which the run goes on to the same bytes: state-EPOCH-STEP-SHA256.pt."""

@@ -17,7 +17,7 @@ except ImportError:         # Windows has none: there nothing locks a run's fold
 def check_device(name: str):
     """Raises UserError if torch cannot compute on a device here."""
     try:
-        torch.ones(1, device=name).tolist()
+        torch.ones(1, device=name).tolist()     # tolist waits for the device, so that its error comes here
     except Exception as error:          # its type depends on the device
         why = f"{error!s:.100}"
         if name.startswith("cuda"):

@@ -120,7 +120,8 @@ class ByteBPE:
         self.token = {i: token for token, i in self.ids.items()}
         self.size = max([*self.token, *self.special.values()]) + 1
         self.patterns = [compile_split(pattern) for pattern in self.splits]
-        written = [*range(32, 127), *range(0x80, 0xC0), *range(0xC2, 0xF1)]     # bytes of what people write
+        # The bytes of what people write: UTF-8 has no 0xC0 and 0xC1, above 0xF0 lie planes that nobody uses.
+        written = [*range(32, 127), *range(0x80, 0xC0), *range(0xC2, 0xF1)]
         needed = {chr(byte).translate(SPELL) for byte in written}
         needed |= {pair.replace(" ", "") for pair in self.ranks}
         lost = needed - self.ids.keys()
