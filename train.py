@@ -124,7 +124,7 @@ class Settings:
         int, None, "blocks that compute their activations again in backward, which saves memory [on a GPU as "
         "few as fit, on a CPU none]", free=True)
     device: str = setting(
-        str, "auto", "cpu, cuda, cuda:1, ...; auto takes a GPU if there is one", report=False)
+        str, "auto", "cpu, cuda, cuda:1, ...; auto takes a GPU, NVIDIA's or Apple's, if there is one", report=False)
     dtype: str = setting(("auto", "float32", "bfloat16", "float16"), "auto", "of the backbone", report=False)
     overwrite: bool = setting(bool, False, "discard what the run's folder holds", free=True)
     download: bool = setting(bool, False, "fetch data set and backbone if they are not here", free=True)
@@ -158,10 +158,15 @@ def resolve(settings: Settings, family: str) -> Settings:
             s.out += "-official"
     gpu = torch.cuda.is_available()
     if s.device == "auto":
-        s.device = "cuda" if gpu else "cpu"
+        s.device = "cpu"
+        if gpu:
+            s.device = "cuda"
+        elif torch.backends.mps.is_available():         # Apple's
+            s.device = "mps"
     check_device(s.device)
     if s.dtype == "auto":
-        bf16 = gpu and torch.cuda.is_bf16_supported()
+        # Older GPUs (V100, T4) only emulate bfloat16, at a fraction of their speed.
+        bf16 = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
         s.dtype = default_dtype(s.device, s.official, bf16)
     return s
 
@@ -315,7 +320,7 @@ def train_epoch(run: "Run", train: Split, recompute: int):
             for group in run.optimizer.param_groups:        # there may be several
                 group["lr"] = rate
             loss = train_step(run.net, run.optimizer, run.scaler, collate(train, rows), recompute)
-            run.loss_sum = run.loss_sum + loss.double()     # a long sum of small numbers
+            run.loss_sum = run.loss_sum + loss      # in fp32: Apple's devices have no float64
             run.step += 1
         # Now and then the GPU is waited for.
         if run.step % 20 == 0 or run.step == steps:

@@ -40,7 +40,8 @@ def write_atomic(path, data: bytes):
     path = Path(path)
     draft = path.with_name(f".{path.name}.new")
     try:
-        with open(draft, "wb") as file:
+        draft.unlink(missing_ok=True)           # of a process that was killed
+        with open(draft, "xb") as file:         # x: a link that stands there is not followed
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -49,7 +50,9 @@ def write_atomic(path, data: bytes):
         draft.unlink(missing_ok=True)           # a full disk needs the room
         what = f"{error.strerror} while writing; what was there before is intact"
         raise OSError(error.errno, what, str(path)) from None
-    if os.name == "posix":                      # the new name, too, must reach the disk
-        folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        folder = os.open(path.parent, os.O_RDONLY)      # the new name, too, must reach the disk
         os.fsync(folder)
         os.close(folder)
+    except OSError:
+        pass                                    # Windows and some shared folders cannot: it will, in time
