@@ -21,6 +21,7 @@ import torch
 
 from support.check import FEATURES, check, check_task, is_features, problems
 from support.files import DataError, UserError
+from support.guards import Stopped, stop_on_signals
 from support.hub import find_llm, hub_folder
 from support.pickles import read_pickle, scalar
 from support.tokenizers import load_tokenizer
@@ -570,4 +571,9 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    stop_on_signals()
+    try:
+        sys.exit(main())
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(stopped.exit_code)

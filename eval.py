@@ -28,7 +28,7 @@ from reports.clip import clip_report, clip_row, clip_text
 from reports.clip import feature_range  # noqa: F401  (train.py writes it into a run's folder)
 from reports.tables import aligned, in_words, side_by_side, truth_table, write_results
 from support.files import UserError, read_json
-from support.guards import check_device
+from support.guards import Stopped, check_device, stop_on_signals
 
 # --- Answers: the LLM's text -> a number, or None -----------------------------------------------------------
 CLASS = r"[0-9]+"                       # not \d, which takes "٣" too
@@ -713,7 +713,11 @@ def main():
 
 
 if __name__ == "__main__":
+    stop_on_signals()
     try:
         main()
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(stopped.exit_code)
     except (UserError, CheckpointError, AdapterError, OSError) as error:
         sys.exit(f"error: {error}")

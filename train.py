@@ -8,7 +8,8 @@
 Each seed has its own folder, OUT/SEED: settings.json, log.jsonl (a line per epoch) and curves.svg,
 adapter.safetensors (the best epoch by validation) and features.json (the training features' range),
 predictions.csv and metrics.json (the test split), and last of all results.json. The same command again
-continues what was interrupted, to the same bytes; finished runs are left alone.
+continues what was interrupted (by Ctrl-C, SIGTERM or SIGHUP, or killed), to the same bytes; finished runs are left
+alone.
 """
 import argparse
 import copy
@@ -34,7 +35,7 @@ from reports.pictures import curves
 from reports.tables import recorded, summarize, write_results
 from support.check import check_task
 from support.files import UserError, read_json, write_atomic
-from support.guards import check_device, locked, uninterrupted
+from support.guards import Stopped, check_device, locked, stop_on_signals, uninterrupted
 from support.states import load_state, save_state
 
 # The release's, for every task and family.
@@ -42,6 +43,7 @@ WARMUP = 0.1                # share of all steps in which the learning rate clim
 WEIGHT_DECAY = 0.01
 ADAM_EPS = 1e-4
 
+SAVE_SECONDS = 600          # a state is written so often within an epoch, for those who are killed
 GIB = 2**30
 
 
@@ -124,7 +126,7 @@ class Settings:
         int, None, "blocks that compute their activations again in backward, which saves memory [on a GPU as "
         "few as fit, on a CPU none]", free=True)
     device: str = setting(
-        str, "auto", "cpu, cuda, cuda:1, ...; auto takes a GPU, NVIDIA's or Apple's, if there is one", report=False)
+        str, "auto", "cpu, cuda, cuda:1, mps, ...; auto takes a GPU if there is one", report=False)
     dtype: str = setting(("auto", "float32", "bfloat16", "float16"), "auto", "of the backbone", report=False)
     overwrite: bool = setting(bool, False, "discard what the run's folder holds", free=True)
     download: bool = setting(bool, False, "fetch data set and backbone if they are not here", free=True)
@@ -301,8 +303,8 @@ def fit(run: "Run", train: Split, valid: Split):
                 publish(run)
             print_epoch(run, result, valid)
     except KeyboardInterrupt:           # between two steps: see uninterrupted
-        with uninterrupted():
-            run.save()
+        run.save()
+        print("interrupted; the state is saved, the same command again continues", file=sys.stderr)
         raise
 
 
@@ -322,6 +324,8 @@ def train_epoch(run: "Run", train: Split, recompute: int):
             loss = train_step(run.net, run.optimizer, run.scaler, collate(train, rows), recompute)
             run.loss_sum = run.loss_sum + loss      # in fp32: Apple's devices have no float64
             run.step += 1
+            if run.step == steps or time.time() - run.saved > SAVE_SECONDS:     # validation may take long
+                run.save()
         # Now and then the GPU is waited for.
         if run.step % 20 == 0 or run.step == steps:
             check_finite(run.loss_sum, run.net)
@@ -375,6 +379,7 @@ class Run:
         self.step = 0               # steps taken in the epoch under way
         self.loss_sum = 0.0         # over those steps; a tensor, so that no step waits for the GPU
         self.began = time.time()
+        self.saved = self.began     # when a state was last written
         self.check_parameters()
 
     def check_parameters(self):
@@ -427,6 +432,7 @@ class Run:
         seconds = time.time() - self.began
         state = [states, random, self.log, self.step, self.loss_sum, seconds]
         save_state(self.folder, f"{len(self.log):04d}-{self.step:06d}", state)
+        self.saved = time.time()
 
     def load(self):
         """Go on from what was saved last, if anything was. Raises UserError if that is of no use."""
@@ -653,9 +659,11 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    stop_on_signals()
     try:
         main()
-    except KeyboardInterrupt:
-        sys.exit("interrupted; the state is saved, the same command again continues")
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(stopped.exit_code)
     except (UserError, CheckpointError, AdapterError, OSError) as error:    # others are mistakes in the code
         sys.exit(f"error: {error}")

@@ -1,4 +1,4 @@
-"""What keeps a run whole: Ctrl-C waits for the end of a step, one process at a time works in a folder, and a
+"""What keeps a run whole: signals wait for the end of a step, one process at a time works in a folder, and a
 device is tried before it is used."""
 import os
 import signal
@@ -28,17 +28,56 @@ def check_device(name: str):
         raise UserError(f"--device {name:.40}: {why}; pass --device cpu") from None
 
 
+# Ctrl-C, what clusters and containers send before they kill, a terminal that closes (not on Windows).
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal asks the program to end. .exit_code is what a shell expects then: 130 for Ctrl-C, 143 for
+    SIGTERM."""
+
+    def __init__(self, number: int):
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.exit_code = 128 + number
+
+
+def stop(number: int, frame=None):
+    """The first signal raises Stopped; the second ends the program at once."""
+    for each in SIGNALS:
+        if signal.getsignal(each) is stop:
+            signal.signal(each, signal.SIG_DFL)
+    raise Stopped(number)
+
+
+def stop_on_signals():
+    """Let SIGNALS raise Stopped. What was ignored when the program began (a script's `&`, nohup) stays so."""
+    for number in SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, stop)
+
+
 @contextmanager
 def uninterrupted():
-    """Hold Ctrl-C back until the block is done, so that no half step is ever saved."""
+    """Hold a signal back until the block is done, so that no half step is ever saved; a second ends at once."""
     caught = []
-    before = signal.signal(signal.SIGINT, lambda *_: caught.append(True))
+
+    def hold(number: int, frame):
+        if caught:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        caught.append(number)
+
+    before = {}
+    for number in SIGNALS:
+        if signal.getsignal(number) not in (signal.SIG_IGN, signal.SIG_DFL):
+            before[number] = signal.signal(number, hold)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     if caught:
-        raise KeyboardInterrupt
+        stop(caught[0])
 
 
 @contextmanager

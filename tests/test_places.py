@@ -1,7 +1,11 @@
-"""Where people run it: file systems that cannot lock or sync, folders of strangers, Macs, old GPUs."""
+"""Where people run it: jobs told to end, file systems that cannot lock or sync, strangers' folders, devices."""
 import errno
 import os
+import signal
 import stat
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -15,6 +19,65 @@ from eval import label_logprobs
 from model import load_llm
 from support import guards
 from support.files import UserError, write_atomic
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Signals
+
+
+def begin(data, out, *how):
+    """A training that has begun its steps, as a process."""
+    command = [sys.executable, str(HERE.parent / "train.py"), "--data-dir", str(data), "--out", str(out),
+               "--device", "cpu", "--batch-size", "1", "--epochs", "30"]
+    process = subprocess.Popen([*how, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith(("memory:", "continuing")):
+            break
+    time.sleep(0.3)
+    return process
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
+def test_a_job_that_is_told_to_end_saves_within_its_epoch(data, tmp_path, number, code):
+    process = begin(data, tmp_path)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == code and "Traceback" not in said
+    assert "interrupted; the state is saved, the same command again continues" in said
+    assert list(tmp_path.glob("1111/state-*")) and f"stopped by {signal.Signals(number).name}" in said
+
+
+def test_what_was_ignored_stays_ignored(data, tmp_path):
+    process = begin(data, tmp_path, "nohup")
+    process.send_signal(signal.SIGHUP)
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.kill()
+    process.communicate()
+
+
+def test_nothing_is_said_to_be_saved_before_training(tmp_path):
+    code = ("import os, signal, sys; sys.path.insert(0, sys.argv[1]); from support import guards\n"
+            "guards.stop_on_signals()\n"
+            "try:\n    os.kill(os.getpid(), signal.SIGTERM)\n"
+            "except guards.Stopped as stopped:\n    print(stopped, stopped.exit_code, flush=True)\n"
+            "os.kill(os.getpid(), signal.SIGINT)")              # the second ends it at once
+    done = subprocess.run([sys.executable, "-c", code, str(HERE.parent)], capture_output=True, text=True)
+    assert done.stdout == "stopped by SIGTERM 143\n" and done.returncode == -signal.SIGINT and not done.stderr
+
+
+def test_a_second_signal_does_not_wait_for_the_step():
+    code = ("import os, signal, sys; sys.path.insert(0, sys.argv[1]); from support import guards\n"
+            "guards.stop_on_signals()\n"
+            "with guards.uninterrupted():\n"
+            "    os.kill(os.getpid(), signal.SIGTERM)\n    print('held', flush=True)\n"
+            "    os.kill(os.getpid(), signal.SIGTERM)\n    print('not reached', flush=True)")
+    done = subprocess.run([sys.executable, "-c", code, str(HERE.parent)], capture_output=True, text=True)
+    assert done.stdout == "held\n" and done.returncode == -signal.SIGTERM
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# File systems
 
 
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
