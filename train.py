@@ -8,8 +8,8 @@
 Each seed has its own folder, OUT/SEED: settings.json, log.jsonl (a line per epoch) and curves.svg,
 adapter.safetensors (the best epoch by validation) and features.json (the training features' range),
 predictions.csv and metrics.json (the test split), and last of all results.json. The same command again
-continues what was interrupted (by Ctrl-C, SIGTERM or SIGHUP, or killed), to the same bytes; finished runs are left
-alone.
+continues what was interrupted (by Ctrl-C, SIGTERM or SIGHUP, or killed), to the same bytes; finished runs
+are left alone.
 """
 import argparse
 import copy

@@ -58,7 +58,7 @@ def stop_on_signals():
 
 @contextmanager
 def uninterrupted():
-    """Hold a signal back until the block is done, so that no half step is ever saved; a second ends at once."""
+    """Hold a signal back until the block is done, so that no half step is saved; a second ends at once."""
     caught = []
 
     def hold(number: int, frame):
