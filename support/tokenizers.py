@@ -19,7 +19,7 @@ from pathlib import Path
 
 import sentencepiece
 
-from support.files import DataError
+from support.files import DataError, brief
 
 CHATGLM3_PIECES = 64789     # of its sentencepiece model; special tokens follow: [gMASK] is 64790, sop 64792
 CHATGLM3_SPECIALS = "[MASK] [gMASK] [sMASK] sop eop <|system|> <|user|> <|assistant|> <|observation|>".split()
@@ -28,11 +28,28 @@ QWEN_SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|
 QWEN_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
               r"|\s*[\r\n]+|\s+(?!\S)|\s+")
 GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+TEKKEN_SPLIT = (r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+                r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+                r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+QWEN35_SPLIT = QWEN_SPLIT.replace(r"\p{L}+", r"[\p{L}\p{M}]+").replace(r"\s\p{L}", r"\s\p{L}\p{M}")
+# What published tokenizers cut by; each pattern cuts what the one before has left. Every other is refused: a
+# stranger's may take for ever, as (\p{L}+)+\p{N} does.
+KNOWN_SPLITS = (
+    [QWEN_SPLIT],                                                   # Qwen1.5, 2, 2.5 and 3
+    [QWEN35_SPLIT],
+    [QWEN_SPLIT.replace(r"\p{N}|", r"\p{N}{1,3}|")],                # Llama 3, GPT-4
+    [GPT2_SPLIT],
+    [r"\p{N}", GPT2_SPLIT],                                         # SmolLM2, StarCoder
+    [r"\p{N}{1,3}", QWEN_SPLIT.replace(r"\p{N}|", r"\p{N}+|")],     # MiniCPM5
+    [TEKKEN_SPLIT],                                                 # Mistral Nemo
+)
 # How Hugging Face's files write bytes, each as one character: b" caf\xc3\xa9" is "ĠcafÃ©".
 UNPRINTED = [byte for byte in range(256) if byte == 32 or not chr(byte).isprintable()]
 SPELL = {byte: 256 + n for n, byte in enumerate(UNPRINTED)}
 UNSPELL = {256 + n: byte for n, byte in enumerate(UNPRINTED)}
 UNREAD = "is not known here: take a backbone with tokenizer.model, or with a byte-level BPE like Llama 3's"
+MOST_IDS = 2**24            # more than any vocabulary has
+LARGEST_FILE = 2**27        # bytes, a multiple of any tokenizer's
 READABLE = {                # what the model in a tokenizer.json may have: this or nothing
     "type": "BPE", "normalizer": {"type": "NFC"}, "dropout": None, "unk_token": None,
     "continuing_subword_prefix": "", "end_of_word_suffix": "",
@@ -54,8 +71,9 @@ class SentencePiece:
         self.special = {}           # name -> id: <s>, </s>, and also <unk>, with which both families pad
         n = self.sp.vocab_size()
         for i in range(n):
+            piece = self.sp.id_to_piece(i)      # raises ValueError where it is no UTF-8
             if self.sp.is_control(i) or self.sp.is_unknown(i):
-                self.special[self.sp.id_to_piece(i)] = i
+                self.special[piece] = i
             else:
                 self.plain.add(i)
         if n == CHATGLM3_PIECES:
@@ -75,30 +93,35 @@ class SentencePiece:
         return self.special[name]
 
 
+# Python's re has no \p{L}: it finds stand-ins. Unicode's category of a character -> what stands for it.
+STAND_INS = {"Lu": "X", "Lt": "X", "Ll": "x", "Lm": "ª", "Lo": "ª", "Nd": "0", "Nl": "0", "No": "0"}
+STAND_INS |= {"Mn": "\u0300", "Mc": "\u0300", "Me": "\u0300"}
+CLASSES = {                 # what a split pattern says -> how re finds it among stand-ins; in this order
+    r"(?i:'s": "(?i:'ſ|'s",             # it takes the long s, too
+    r"\p{L}+": r"[\p{L}]+",
+    r"\p{L}": "a-zA-Zſª",
+    r"\p{Lu}\p{Lt}": "A-Z",
+    r"\p{Ll}": "a-zſ",
+    r"\p{Lm}\p{Lo}": "ª",
+    r"\p{M}": "\u0300",
+    r"\p{N}": r"\d",
+}
+
+
 @cache
 def stand_in(char: str) -> str:
-    r"""A character of the same class for Python's re, which has no \p{L}: "Łódź №²" -> "xxdx !0"."""
-    if char.isascii():
+    """A character of the same class: "Łódź №²" -> "Xxxx !0"."""
+    if char.isascii() or char == "ſ":
         return char
-    if char == "ſ":
-        return "S"              # (?i:'s) takes the long s too
     if char.isspace():
         return "\t"
-    kind = unicodedata.category(char)[0]
-    return {"L": "x", "M": "\u0300", "N": "0"}.get(kind, "!")
+    return STAND_INS.get(unicodedata.category(char), "!")
 
 
 def compile_split(pattern: str) -> re.Pattern:
-    """The pattern, for stand-ins. Its one group makes re.split return what it finds and what is between."""
-    pieces = r"\\p\{[LMN]\}|\\[rnsS]|'[a-z]+|\(\?(?:i:|:|!)|\{\d+,?\d*\}|[?*+](?!\+)|[][^|) ]"
-    odd = re.sub(pieces, "", pattern)       # what is left is not known here
-    if odd:
-        raise DataError(f"{odd!r:.80} in its split pattern {pattern!r:.400} {UNREAD}")
-    # Within [ ] a class of letters is "a-zA-Z", elsewhere it has brackets of its own.
-    pattern = re.sub(r"\[.*?\]", lambda part: part[0].replace(r"\p{L}", "a-zA-Z"), pattern)
-    pattern = pattern.replace(r"\p{L}", "[a-zA-Z]")
-    pattern = pattern.replace(r"\p{M}", "\u0300")
-    pattern = pattern.replace(r"\p{N}", r"\d")
+    """A known pattern, for stand-ins. By its one group re.split returns what it finds and what is between."""
+    for name, stand_ins in CLASSES.items():
+        pattern = pattern.replace(name, stand_ins)
     return re.compile(f"({pattern})", re.ASCII)
 
 
@@ -117,8 +140,6 @@ class ByteBPE:
 
     def __post_init__(self):
         self.ids = {token: i for token, i in self.ids.items() if token not in self.special}
-        self.token = {i: token for token, i in self.ids.items()}
-        self.size = max([*self.token, *self.special.values()]) + 1
         self.patterns = [compile_split(pattern) for pattern in self.splits]
         # The bytes of what people write: UTF-8 has no 0xC0 and 0xC1, above 0xF0 lie planes that nobody uses.
         written = [*range(32, 127), *range(0x80, 0xC0), *range(0xC2, 0xF1)]
@@ -128,6 +149,14 @@ class ByteBPE:
         if lost:
             raise DataError(f"the vocabulary lacks {len(lost)} bytes or merges, such as {min(lost)!r:.80}: "
                             "cut short or of another model, download it again with its merges")
+        taken = set()
+        for token, i in (self.ids | self.special).items():
+            if type(i) is not int or i not in range(MOST_IDS) or i in taken:
+                raise DataError(f"the id of its token {token!r:.80} is {i!r:.80}, not a number of its own "
+                                f"below {MOST_IDS}: download it again")
+            taken.add(i)
+        self.size = max(taken) + 1
+        self.token = {i: token for token, i in self.ids.items()}
 
     def encode(self, text: str) -> list[int]:
         ids = []
@@ -186,20 +215,58 @@ class ByteBPE:
 
     def decode(self, ids: list[int]) -> str:
         text = "".join(self.token.get(i, "") for i in ids)
-        return text.translate(UNSPELL).encode("latin-1").decode(errors="replace")   # half a character: U+FFFD
+        data = text.translate(UNSPELL).encode("latin-1", "replace")
+        return data.decode(errors="replace")            # half a character: U+FFFD
 
     token_id = SentencePiece.token_id
 
 
 def read_file(file: Path) -> bytes:
     if not file.is_file():
-        raise DataError(f"{file.name} is missing: download it again")
+        raise DataError(f"{file.name} is missing or not a file: download it again")
+    if file.stat().st_size > LARGEST_FILE:
+        raise DataError(f"{file.name} has over {LARGEST_FILE} bytes, as no tokenizer has: download it again")
     data = file.read_bytes()
     if not data:
         raise DataError(f"{file.name} is empty: download it again")
     if data.startswith(b"version https://git-lfs"):
         raise DataError(f"{file.name} is a git-lfs pointer, not the file itself: run `git lfs pull`")
     return data
+
+
+def read_object(file: Path) -> dict:
+    """The object in a JSON file."""
+    data = read_file(file)
+    try:
+        found = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{file.name} is not valid JSON ({brief(error)}): download it again") from None
+    if not isinstance(found, dict):
+        raise DataError(f"{file.name} holds a {type(found).__name__}, not an object: download it again")
+    return found
+
+
+def read_special(tokens: list) -> dict:
+    """name -> id, of what the files call added tokens."""
+    special = {}
+    for token in tokens:
+        match token:
+            case {"content": str(name), "id": i}:
+                special[name] = i
+            case _:
+                raise DataError(f"its added token {token!r:.200} lacks a name or id: download it again")
+    return special
+
+
+def read_ranks(merges: list) -> dict:
+    """Which two tokens may be joined, "Ġ t" or ["Ġ", "t"] -> {"Ġ t": rank}."""
+    ranks = {}
+    for rank, merge in enumerate(merges):
+        pair = merge.split(" ") if isinstance(merge, str) else merge
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise DataError(f"its merge {merge!r:.80} is not two tokens: download it again")
+        ranks[" ".join(pair)] = rank
+    return ranks
 
 
 def read_tiktoken(file: Path) -> ByteBPE:
@@ -217,16 +284,14 @@ def read_tiktoken(file: Path) -> ByteBPE:
 
 def read_merges(file: Path) -> ByteBPE:
     """Qwen2's `merges.txt`, vocab.json and tokenizer_config.json, which do not tell how a text is cut."""
-    vocab = json.loads(read_file(file.with_name("vocab.json")))
-    config = json.loads(read_file(file.with_name("tokenizer_config.json")))
+    vocab = read_object(file.with_name("vocab.json"))
+    config = read_object(file.with_name("tokenizer_config.json"))
     kind = config.get("tokenizer_class", "Qwen2Tokenizer")
-    if not kind.startswith("Qwen"):
+    if not str(kind).startswith("Qwen"):
         raise DataError(f"it does not tell how {kind!r:.80} cuts texts: copy the original tokenizer.json")
-    special = {}
-    for i, token in config["added_tokens_decoder"].items():
-        special[token["content"]] = int(i)
+    special = read_special([{**token, "id": int(i)} for i, token in config["added_tokens_decoder"].items()])
     lines = read_file(file).decode().splitlines()
-    ranks = {line: rank for rank, line in enumerate(lines) if line and not line.startswith("#version")}
+    ranks = read_ranks([line for line in lines if line and not line.startswith("#version")])
     if len(ranks) < len(vocab.keys() - special.keys()) - 256:
         raise DataError(f"{len(ranks)} merges cannot make {len(vocab)} tokens: cut short, download it again")
     return ByteBPE(file, vocab, special, ranks, [QWEN_SPLIT])
@@ -234,7 +299,7 @@ def read_merges(file: Path) -> ByteBPE:
 
 def read_tokenizer_json(file: Path) -> ByteBPE:
     """`tokenizer.json` of a byte-level BPE, which tells itself how a text is cut into words."""
-    data = json.loads(read_file(file))
+    data = read_object(file)
     model = {**data["model"], "normalizer": data.get("normalizer")}
     if model.get("byte_fallback"):
         raise DataError("it is sentencepiece in another form (byte_fallback), which is not read here: "
@@ -243,12 +308,8 @@ def read_tokenizer_json(file: Path) -> ByteBPE:
         if model.get(name) not in (value, None):
             raise DataError(f"its {name} {model[name]!r:.200} {UNREAD}")
     splits = read_splits(data.get("pre_tokenizer") or {})
-    special = {token["content"]: token["id"] for token in data["added_tokens"]}
-    ranks = {}
-    for rank, merge in enumerate(model["merges"]):      # "Ġ t" or ["Ġ", "t"]
-        if not isinstance(merge, str):
-            merge = " ".join(merge)
-        ranks[merge] = rank
+    special = read_special(data["added_tokens"])
+    ranks = read_ranks(model["merges"])
     nfc = model["normalizer"] is not None
     whole = model.get("ignore_merges", False)
     return ByteBPE(file, model["vocab"], special, ranks, splits, nfc, whole)
@@ -268,7 +329,9 @@ def read_splits(cutter: dict) -> list[str]:
                 if step.get("use_regex", True):
                     splits.append(GPT2_SPLIT)
             case _:
-                raise DataError(f"its pre_tokenizer {step!s:.400} {UNREAD}")
+                raise DataError(f"its pre_tokenizer {step!r:.400} {UNREAD}")
+    if splits not in KNOWN_SPLITS:
+        raise DataError(f"its list of split patterns {splits!r:.400} {UNREAD}")
     return splits
 
 
@@ -285,12 +348,14 @@ def special_names(folder: Path) -> dict:
     file = folder / "tokenizer_config.json"
     config = {}
     if file.exists():
-        config = json.loads(read_file(file))
+        config = read_object(file)
     names = {}
     for kind in ("bos", "eos", "pad"):
         token = config.get(f"{kind}_token")         # "<s>" or {"content": "<s>", ...}
         if isinstance(token, dict):
-            token = token["content"]
+            token = token.get("content", token)
+        if token is not None and not isinstance(token, str):
+            raise DataError(f"{kind}_token in {file.name} is {token!r:.80}, not a name: download it again")
         names[kind] = token
     return names
 

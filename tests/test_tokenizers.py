@@ -1,6 +1,7 @@
 """Tokenizers against the libraries that define them: sentencepiece, tiktoken (Qwen), tokenizers (tokenizer.json)."""
 import base64
 import json
+import os
 import pickle
 import random
 import unicodedata
@@ -14,6 +15,7 @@ import tokenizers
 from conftest import need_shared, need_smollm2
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
+from support.files import DataError
 from support.tokenizers import CHATGLM3_SPECIALS, QWEN_SPECIALS, SPELL, ByteBPE, load_tokenizer, special_names
 
 # As published; GPT-2's stands in `tokenizers` itself, as ByteLevel's own
@@ -21,12 +23,17 @@ QWEN2 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{
          r"|\s*[\r\n]+|\s+(?!\S)|\s+")
 LLAMA3 = QWEN2.replace(r"\p{N}| ?", r"\p{N}{1,3}| ?")
 QWEN35 = QWEN2.replace(r"?\p{L}+", r"?[\p{L}\p{M}]+").replace(r"\s\p{L}\p{N}", r"\s\p{L}\p{M}\p{N}")
+MINICPM5 = QWEN2.replace(r"\p{N}| ?", r"\p{N}+| ?")
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+NEMO = (r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+        r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+        r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 EDGES = [
     *("", " ", "  ", "\n", " \n ", "\r\n\r\n", "a  \n\n  b", "x   ", "   x", "\t\tx", " !\n a", "_a_b __c", "a   1  2"),
     *("!!!\n\n???\r\n", "I'LL we've It'S 'tis don't'd o'", "'ſ it'ſ", "'K 'ﬅ", "12345 ½²Ⅻ٣一", "ß ẞ ı İ ŉ"),
     *("\x1c\x1d a\x1e\x1fb", "\x85\x85a\xa0\xa0b\u2003\u3000c\u200b\u180ed", "\0a\0", "中文，标点。\n  下一行"),
     *("\ud7ff\ue000\U0010ffff\ufeff\ufdd0", "e\u0301 é Å ﬁ 가각", "a\u0300\u0301b", "👩‍👩‍👧‍👦🏳️‍🌈"),
+    *("fooBarBAZ ABCdef ÀÉîÖ ΑΒγδ ſS Sſs ǅa aǅ ªA 中A文b", "https://a/b//\n/c ?/!\r\n/"),
     *("a\x04b\x16", "\U00050000\U00090000x", "a" * 700, " " * 700),
     *("ab" * 400 + "!" * 600, "\n" * 300 + " " * 300 + "x"),
 ]
@@ -71,15 +78,17 @@ BYTES = {spelled(byte): byte for byte in range(256)}
 # Byte-level BPE on toy vocabularies
 
 
-def split(pattern):
-    by_pattern = pre_tokenizers.Split(tokenizers.Regex(pattern), behavior="isolated", invert=False)
-    return [by_pattern, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+def split(*patterns):
+    steps = [pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated", invert=False) for pattern in patterns]
+    return [*steps, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
 
 
 KINDS = {   # name: (normalizer, pre_tokenizers)
     "qwen2": (normalizers.NFC(), split(QWEN2)),
     "llama3": (None, split(LLAMA3)),
     "qwen3.5": (normalizers.NFC(), split(QWEN35)),
+    "minicpm5": (None, split(r"\p{N}{1,3}", MINICPM5)),
+    "nemo": (None, split(NEMO)),
     "gpt2": (None, [pre_tokenizers.ByteLevel(add_prefix_space=False)]),
     "smollm2": (None, [pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)]),
 }
@@ -196,7 +205,7 @@ def test_toy_ranks_equal_tiktoken(tmp_path, seed):
         assert mine.encode(text) == reference.encode_ordinary(text), repr(text)
 
 
-@pytest.mark.parametrize("pattern", [QWEN2, LLAMA3, QWEN35, GPT2, r"\p{N}"])
+@pytest.mark.parametrize("pattern", [QWEN2, LLAMA3, QWEN35, GPT2, NEMO, r"\p{N}"])
 def test_split_of_every_assigned_character(pattern):
     mine = ByteBPE(Path("toy"), BYTES, {}, {}, [pattern], nfc=False)
     reference = pre_tokenizers.Split(tokenizers.Regex(pattern), behavior="isolated")
@@ -204,7 +213,7 @@ def test_split_of_every_assigned_character(pattern):
     assigned += random.Random(0).sample([c for c in map(chr, range(0x30000)) if unicodedata.category(c) == "Lo"], 3000)
     assert len(assigned) > 12_000
     for start in range(0, len(assigned), 1000):
-        text = "".join(f"a{c}a {c}{c}!{c}'{c}1{c}" for c in assigned[start : start + 1000])
+        text = "".join(f"a{c}a {c}{c}!{c}'{c}1{c}A{c}A{c}a'{c}a" for c in assigned[start : start + 1000])
         assert mine.words(text) == [word for word, _ in reference.pre_tokenize_str(text)]
 
 
@@ -272,7 +281,7 @@ def test_files_are_chosen_by_name(tmp_path):
         (tmp_path / name).unlink()
     write_files(tmp_path, toy("qwen2"))
     (tmp_path / "vocab.json").unlink()
-    with pytest.raises(ValueError, match=r"merges.txt: vocab.json is missing: download it again"):
+    with pytest.raises(ValueError, match=r"merges.txt: vocab.json is missing or not a file: download it again"):
         load_tokenizer(tmp_path)
 
 
@@ -360,9 +369,18 @@ def step(**change):
     (step(behavior="Removed"), "'Removed'.* is not"),
     (step(invert=True), "'invert': True.* is not"),
     (step(pattern={"String": " "}), "'String': ' '.* is not"),
-    (step(pattern={"Regex": r"\p{Lu}?\p{L}+|\s+"}), r"'\\\\p{Lu}' in its split pattern .* is not"),
-    (step(pattern={"Regex": r"[一-龥]+|\p{N}++|\w"}), r"'一-龥\+\\\\w' in its split pattern .* is not"),
+    (lambda data: data["pre_tokenizer"].update(pretokenizers=["\x1b[2J"]), r"pre_tokenizer '.x1b\[2J' is not"),
+    (lambda data: data["pre_tokenizer"]["pretokenizers"].pop(0), r"list of split patterns \[\] is not"),
+    (lambda data: data["pre_tokenizer"].update(pretokenizers=data["pre_tokenizer"]["pretokenizers"][:1] * 9
+                                               + data["pre_tokenizer"]["pretokenizers"][1:]), "list of split patterns"),
+    (step(pattern={"Regex": r"(?:\p{L}+)+\p{N}"}), r"split patterns \['\(\?:.*\)\+.*'\] is not known here: take a"),
+    (step(pattern={"Regex": QWEN2 + "|(a+)+b"}), r"split patterns .* is not"),
+    (step(pattern={"Regex": r"\p{N}{99999999999999}"}), r"split patterns \['.*\{9+\}'\] is not"),
+    (step(pattern={"Regex": r"(\p{L}"}), r"split patterns \['\(.*'\] is not"),
+    (step(pattern={"Regex": [1]}), r"split patterns \[\[1\]\] is not"),
+    (step(pattern={"Regex": "\x1b[2J"}), r"split patterns \['.x1b\[2J'\] is not"),
     (step(type="Digits", individual_digits=False), "'Digits'.* is not"),
+    (lambda data: data["model"].update(vocab={}), "the vocabulary lacks"),
     (lambda data: data["model"]["vocab"].pop("Ġ"), "the vocabulary lacks .* such as 'Ġ'.*: cut short or of another"),
     (lambda data: data["model"]["vocab"].pop("".join(data["model"]["merges"][9])), "the vocabulary lacks 1 bytes or"),
 ])  # fmt: skip
@@ -371,6 +389,92 @@ def test_refuses_what_it_does_not_know_by_name(tmp_path, change, message):
     change(data)
     with pytest.raises(ValueError, match="tokenizer.json: .*" + message):
         load_tokenizer(write(tmp_path, data))
+
+
+@pytest.mark.parametrize("i", [-7, 1.5, 0.0, True, None, "7", [7], float("nan"), 99999999999999, 10**400, 300])
+def test_refuses_an_id_that_is_no_number_of_its_own(tmp_path, i):
+    data = json.loads(json.dumps(toy("llama3")))
+    data["model"]["vocab"]["a"] = i                             # 300 is another token's
+    with pytest.raises(DataError, match="the id of its token '.{1,9}' is .*, not a number of its own below 16777216"):
+        load_tokenizer(write(tmp_path, data))
+    data = json.loads(json.dumps(toy("llama3")))
+    data["added_tokens"][1]["id"] = i
+    with pytest.raises(DataError, match=r"the id of its token '<\|im_start\|>' is .*, not a number of its own below"):
+        load_tokenizer(write(tmp_path, data))
+
+
+@pytest.mark.parametrize("merge", ["", "a", "a b c", [], ["a"], ["a", "b", "c"], 5, None, {"a": 1, "b": 2}])
+def test_refuses_merges_that_are_not_pairs(tmp_path, merge):
+    data = json.loads(json.dumps(toy("qwen2")))
+    data["model"]["merges"][9] = merge
+    with pytest.raises(DataError, match=r"its merge .* is not two tokens: download it again"):
+        load_tokenizer(write(tmp_path, data))
+
+
+@pytest.mark.parametrize("token", [7, None, "x", [], ["x", 7], {}, {"content": "x"}, {"id": 7},
+                                   {"content": ["x"], "id": 7}, {"content": None, "id": 7}])  # fmt: skip
+def test_refuses_special_tokens_without_name_or_id(tmp_path, token):
+    data = json.loads(json.dumps(toy("qwen2")))
+    data["added_tokens"].append(token)
+    with pytest.raises(DataError, match="its added token .* lacks a name or id: download it again"):
+        load_tokenizer(write(tmp_path, data))
+
+
+@pytest.mark.parametrize("kind", ["bos", "eos", "pad"])
+@pytest.mark.parametrize("name", [["<s>"], 5, False, {"lstrip": True}, {"content": ["<s>"]}])
+def test_refuses_names_of_special_tokens_that_are_none(tmp_path, kind, name):
+    write_files(tmp_path, toy("qwen2"), **{f"{kind}_token": name})
+    with pytest.raises(DataError, match=f"{kind}_token in tokenizer_config.json is .*, not a name: download it again"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "vocab.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("content, message", [
+    ("3", "{} holds a int, not an object"),
+    ("nan", "{} is not valid JSON"),
+    ("NaN", "{} holds a float, not an object"),
+    ("[" * 100_000, "{} is not valid JSON"),
+])  # fmt: skip
+def test_names_the_file_that_is_broken(tmp_path, name, content, message):
+    write_files(tmp_path, toy("qwen2"))
+    write(tmp_path, content, name)
+    with pytest.raises(DataError, match=message.format(name)):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_pipe_in_the_place_of_a_file_is_passed_over_or_refused(tmp_path, name):
+    write_files(tmp_path, toy("qwen2"))
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)              # who opens it waits for ever
+    if name in FILES[:3]:
+        assert load_tokenizer(tmp_path).file.name == "merges.txt"
+    else:
+        with pytest.raises(DataError, match=f"{name} is missing or not a file|no tokenizer in"):
+            load_tokenizer(tmp_path)
+
+
+def test_refuses_a_huge_file_before_it_is_read(tmp_path):
+    with open(tmp_path / "tokenizer.json", "wb") as file:
+        file.truncate(2**27 + 1)            # takes no room on the disk
+    with pytest.raises(DataError, match="tokenizer.json has over 134217728 bytes"):
+        load_tokenizer(tmp_path)
+
+
+def test_refuses_a_sentencepiece_token_that_is_no_text(tmp_path):
+    model = (Path(__file__).parents[1] / "demo/llm/tokenizer.model").read_bytes()
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
+    piece = max(map(pieces.id_to_piece, range(300, 400)), key=len).encode()
+    (tmp_path / "tokenizer.model").write_bytes(model.replace(piece, b"\xff" * len(piece)))
+    with pytest.raises(DataError, match="tokenizer.model: cut short or another kind, UnicodeDecodeError.*download it"):
+        load_tokenizer(tmp_path)
+
+
+def test_decodes_a_token_that_spells_no_bytes(tmp_path):
+    data = json.loads(json.dumps(toy("llama3")))
+    data["model"]["vocab"] |= {"中": 1003, "\ud800": 1004}
+    mine = load_tokenizer(write(tmp_path, json.dumps(data)))
+    assert mine.decode([1003, *mine.encode("a"), 1004]) == "?a?"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
