@@ -17,8 +17,10 @@ D width of a head, R rotated channels of a head, V vocabulary, N positions of al
 import hashlib
 import json
 import math
+import pickletools
 import re
 import sys
+import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -251,6 +253,53 @@ class Recompute(torch.autograd.Function):
         return grad_x, None, None       # one for each argument of forward
 
 
+class Int8Product(torch.autograd.Function):
+    """x W^T with a frozen W that is kept in 8 bits: W = weight * scale, one scale for each row of W.
+
+    W is widened for the moment of each product, forward and backward. Autograd keeps `weight` and `scale`, which
+    are there anyway; of the same written as plain operations it would keep every block's widened W.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, scale):
+        ctx.save_for_backward(weight, scale)
+        return F.linear(x, widen(weight, scale))
+
+    @staticmethod
+    def backward(ctx, grad):
+        weight, scale = ctx.saved_tensors
+        return grad @ widen(weight, scale), None, None      # W is frozen
+
+
+def widen(weight, scale):
+    """int8 (rows, columns) and the scale of each row (rows,) -> W in the scale's dtype."""
+    return weight.to(scale.dtype) * scale[:, None]
+
+
+def to_int8(w, dtype):
+    """W (rows, columns) in fp32 -> int8 of the same shape and the scale of each row, (rows,) in `dtype`."""
+    scale = (w.abs().amax(dim=1) / 127).to(dtype)
+    steps = w / scale.float().clamp(min=1e-30)[:, None]     # a row of zeros has scale 0
+    return steps.round().clamp(-127, 127).to(torch.int8), scale
+
+
+class Int8Linear(nn.Module):
+    """A frozen linear layer in half the memory of 16 bits. An entry is off by at most half a step, 1/254 of the
+    largest in its row; and each product takes the time to widen W."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.weight = nn.Parameter(linear.weight.to(torch.int8), requires_grad=False)
+        self.scale = nn.Parameter(linear.weight[:, 0], requires_grad=False)
+        self.bias = linear.bias
+
+    def forward(self, x):
+        y = Int8Product.apply(x, self.weight, self.scale)
+        if self.bias is not None:
+            y = y + self.bias
+        return y
+
+
 class LLM(nn.Module):
     """The backbone. Its parameters are frozen; gradients pass through it to its input."""
 
@@ -350,6 +399,19 @@ class LLM(nn.Module):
                 positions = torch.arange(x.size(1), device=x.device)[None]
         return new
 
+    def make_int8(self):
+        """Let the blocks' linear layers be Int8Linear; embedding and head stay as they are. On the meta device:
+        the numbers come from load_llm."""
+        for block in self.blocks:
+            for part in (block.attn, block.mlp):
+                for name, layer in list(part.named_children()):
+                    if isinstance(layer, nn.Linear):
+                        setattr(part, name, Int8Linear(layer))
+
+    def bit_sums(self) -> list:
+        """What bit_sums gives of every parameter: equal lists, equal weights."""
+        return [bit_sums(parameter) for parameter in self.parameters()]
+
 
 # --- Loading ------------------------------------------------------------------------------------------------
 # Our layers' names: those in a LLaMA checkpoint and its kin, in Qwen's first generation, in ChatGLM3. Several
@@ -370,13 +432,33 @@ NAMES = {
     "head": ("lm_head", "lm_head", "transformer.output_layer"),
 }
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+# What torch.save names for dense tensors. torch.load knows more, by which twenty bytes can take all memory.
+NAMED = r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|parameter)|torch \w+Storage"
+OTHERS = {      # what people take for a checkpoint
+    "adapter_config.json": "an adapter of PEFT, not a backbone; merge it into its backbone first "
+                           "(merge_and_unload, then save_pretrained) and name that folder",
+    "*.gguf": "GGUF files are not read; use the model's whole weights, .safetensors in fp16, bf16 or fp32",
+}
 ROTARY_TABLES = ("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq")  # some checkpoints have them
+
+
+def default_dtype(device) -> torch.dtype:
+    """Of a backbone: bf16 on a GPU, fp16 on an older one that only emulates bf16 (V100, T4), else fp32."""
+    if torch.device(device).type != "cuda":
+        return torch.float32
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16
+    return torch.float16
 
 
 def load_llm(path, device="cpu", dtype=torch.float32) -> LLM:
     """Load a checkpoint folder (config.json, .safetensors or .bin files) onto `device` in `dtype`, frozen.
+    torch.int8: the blocks' matrices in 8 bits, see Int8Linear; all else, and what is computed, in default_dtype.
     Raises CheckpointError that names each missing, unused or misshapen tensor, both shapes and the file."""
     path = Path(path)
+    int8 = dtype == torch.int8
+    if int8:
+        dtype = default_dtype(device)
     with torch.device("meta"):                  # names and shapes, no memory yet
         llm = LLM(Config.from_dir(path))
     stored = find_tensors(path)
@@ -385,7 +467,9 @@ def load_llm(path, device="cpu", dtype=torch.float32) -> LLM:
     weights = {}
     seal = hashlib.sha256()
     for name, parameter in llm.state_dict().items():
-        weight = torch.empty(parameter.shape, device=device, dtype=dtype)
+        to_quantise = int8 and name.startswith("blocks.") and parameter.dim() == 2
+        kind = torch.float32 if to_quantise else dtype
+        weight = torch.empty(parameter.shape, device=device, dtype=kind)
         start = 0
         for source in sources(llm.config, name):
             file, _ = stored[source]
@@ -393,12 +477,32 @@ def load_llm(path, device="cpu", dtype=torch.float32) -> LLM:
             tensor = open_tensors(file)[source]
             weight[start:start + len(tensor)].copy_(tensor)
             start += len(tensor)
-            first = tensor.flatten()[:1024].clone()
-            seal.update(first.view(torch.uint8).numpy().tobytes())
+            seal.update(bit_sums(tensor).numpy().tobytes())
+        if to_quantise:
+            weight, weights[name.replace(".weight", ".scale")] = to_int8(weight, dtype)
         weights[name] = weight
+    if int8:
+        llm.make_int8()
     llm.load_state_dict(weights, assign=True)       # frozen, as it was
-    llm.fingerprint = seal.hexdigest()[:16]     # the first 1024 numbers of every tensor, as stored
+    llm.fingerprint = seal.hexdigest()[:16]     # of every number as stored, whatever files and dtype
     return llm
+
+
+def bit_sums(x):
+    """Numbers (rows, columns) or (rows,) -> a checksum of each row's bits, (rows,) int64.
+
+    A row is read as words of 8 bytes, which are added with weights 1, 3, 5, ..., modulo 2**64. One word that
+    changes always shows, as an odd weight loses nothing; so do rows that change places. Several changes
+    in a row, and words that change places, show unless their differences happen to cancel out. Whoever makes
+    them cancel on purpose is not stopped: that would take a real hash, which is several times slower.
+    """
+    x = x.detach().cpu().flatten().contiguous().view(len(x), -1)
+    in_word = 8 // x.element_size()             # numbers
+    if x.size(1) % in_word or x.storage_offset() % in_word:
+        x = F.pad(x, (0, -x.size(1) % in_word))         # a copy, in whole words
+    words = x.view(torch.int64)
+    weights = torch.arange(1, 2 * words.size(1), 2)
+    return words @ weights
 
 
 def sources(config: Config, name: str) -> list[str]:
@@ -433,35 +537,80 @@ def weight_files(path: Path) -> tuple[list[Path], dict]:
         if index.is_file():
             homes = read_index(index)
             return [path / name for name in sorted(set(homes.values()))], homes
-        files = sorted(path.glob(glob))
+        files = sorted(set(path.glob(glob)) - set(path.glob("adapter_model*")))
         if files:
             return files, {}
+    refuse_others(path)
     raise CheckpointError(f"{path}: no .safetensors and no pytorch_model*.bin there; fetch the model's "
                           "weights")
 
 
+def refuse_others(path: Path):
+    """Raise CheckpointError if a folder that is no checkpoint holds what people take for one."""
+    for glob, problem in OTHERS.items():
+        if any(path.glob(glob)):
+            raise CheckpointError(f"{path}: {problem}")
+
+
 def open_tensors(file: Path) -> dict[str, torch.Tensor]:
     """The tensors of a file, mapped. Raises CheckpointError for any but dense ones; nothing in it is run."""
+    if not file.is_file():                      # a FIFO would wait for its other end
+        raise CheckpointError(f"{file}: missing, or no ordinary file; finish the download, or delete the "
+                              "index if the weights beside it are whole")
     try:
-        if file.suffix == ".bin":
-            tensors = dict(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
-        else:
-            tensors = load_file(file)
-        for name, x in tensors.items():
-            dense = type(x) in (torch.Tensor, nn.Parameter) and x.layout == torch.strided and not x.is_nested
-            if not dense or x.is_meta:
-                raise TypeError(f"{name} is no plain dense tensor")
-    except FileNotFoundError:
-        raise CheckpointError(f"{file}: named in the index beside it, but missing; finish the download, or "
-                              "delete the index if the weights beside it are whole") from None
+        tensors = load_bin(file) if file.suffix == ".bin" else load_file(file)
+        for name in tensors:
+            if not str(name).isprintable():     # a message may bring it to a terminal
+                raise TypeError(f"a tensor is called {name!a:.99}")
     except Exception as error:                  # whatever a damaged or hostile file provokes, it was refused
         problem = " ".join(str(error).split())[-300:]
         with open(file, "rb") as start:
             if start.read(7) == b"version":
                 problem = "a git-lfs pointer: run `git lfs pull`"
-        raise CheckpointError(f"{file}: not a whole file of dense tensors ({problem}); nothing in it was "
-                              "run; fetch it again, from a source that you trust") from None
+        raise CheckpointError(f"{file}: not a whole file of dense tensors ({problem!r}); nothing in it "
+                              "was run; fetch it again, from a source that you trust") from None
     return {str(name): tensor.detach() for name, tensor in tensors.items()}
+
+
+def load_bin(file: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a file of torch.save, mapped: a zip archive of their numbers and of a pickle, a program
+    that puts them together. Raises an error of any type for what is more, or would take more than it has."""
+    if not zipfile.is_zipfile(file):
+        raise TypeError("no whole zip archive, which torch.save has written since torch 1.6")
+    with zipfile.ZipFile(file) as archive:
+        entries = archive.infolist()
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+            raise TypeError("it is compressed; load it where it was made and save it with torch.save")
+        (pickle,) = [entry for entry in entries if entry.filename.endswith("/data.pkl")]
+        if pickle.file_size > 2**18:            # 130 bytes describe a tensor
+            raise TypeError(f"its list of tensors has {pickle.file_size} bytes")
+        check_pickle(archive.read(pickle))
+    tensors = dict(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
+    claimed = {}                                # {where it begins: bytes}
+    for name, x in tensors.items():
+        if type(x) not in (torch.Tensor, nn.Parameter):
+            raise TypeError(f"{name} is no plain dense tensor")
+        storage = x.untyped_storage()           # several tensors may share one
+        claimed[storage.data_ptr()] = storage.nbytes()
+    held = sum(entry.file_size for entry in entries if "/data/" in entry.filename)
+    if sum(claimed.values()) > held:
+        raise TypeError("its tensors claim numbers that are not theirs")
+    return tensors
+
+
+def check_pickle(program: bytes):
+    """Raise TypeError unless a pickle does what torch.save's do for dense tensors, and no more."""
+    made_by = {}                                # {place in its memory: the step that made what is there}
+    before = ""
+    for step, value, _ in pickletools.genops(program):
+        if step.name == "GLOBAL" and not re.fullmatch(NAMED, value):
+            raise TypeError(f"it uses {value!a:.99}")
+        if step.name in ("BINPUT", "LONG_BINPUT"):
+            made_by[value] = before
+        # Not tuples: such that hold one another twice, forty deep, would be walked through for ever.
+        if step.name in ("BINGET", "LONG_BINGET") and made_by[value] not in ("BINUNICODE", "GLOBAL", "REDUCE"):
+            raise TypeError("parts of it are used twice")
+        before = step.name
 
 
 # --- Refusals: what a checkpoint may be ---------------------------------------------------------------------
@@ -490,6 +639,7 @@ def check_tensors(path: Path, llm: LLM, stored: dict):
     if twice:
         wanted[head] = wanted[embedding]
     problems = [f"missing: {name}" for name in wanted if name not in stored]
+    taken = 0                                               # bytes, of all that is wanted
     for name, (file, x) in stored.items():
         if x.dtype not in FLOATS:
             problems.append(f"{x.dtype}: {name} in {file.name}; use the version in fp16, bf16 or fp32")
@@ -499,6 +649,11 @@ def check_tensors(path: Path, llm: LLM, stored: dict):
         elif x.shape != wanted[name]:
             problems.append(f"misshapen: {name} is {list(x.shape)} in {file.name}, config.json asks for "
                             f"{list(wanted[name])}")
+        else:
+            taken += x.nbytes
+    held = sum(file.stat().st_size for file in {file for file, _ in stored.values()})
+    if taken > 2 * held:            # .bin files can repeat a number; twice: a tied head is the embedding again
+        problems.append(f"they take {taken} bytes, but the files have {held}; fetch them again")
     if twice and not problems:
         _, first = stored[embedding]
         _, second = stored[head]
@@ -519,16 +674,19 @@ KEYS = {
     "head_dim": "kv_channels head_dim",
     "ffn_dim": "ffn_hidden_size intermediate_size",
     "vocab_size": "padded_vocab_size vocab_size",
-    "max_len": "seq_length max_position_embeddings",       # beyond it Qwen's first generation differs
+    # Beyond it Qwen's first generation differs; the second name is LLaMA-1's.
+    "max_len": "seq_length max_sequence_length max_position_embeddings",
     "norm_eps": "layernorm_epsilon layer_norm_epsilon rms_norm_eps",
     "rope_theta": "rotary_emb_base rope_theta",
     "qkv_bias": "add_qkv_bias",
     "tied_head": "tie_word_embeddings",
 }
-SWITCHED = ("qkv_bias", "tied_head")            # true or false; the others are numbers
-FRACTIONS = ("norm_eps", "rope_theta")          # the other numbers are whole
-OPTIONAL = ("head_dim", "rope_theta")           # the other numbers must be there
-LIMITS = {"n_layer": 1000, "n_head": 1000, "n_kv_head": 1000, "rope_theta": 2**40}      # others: 2**24
+OPTIONAL = ("head_dim", "rope_theta", "qkv_bias", "tied_head")      # the others must be there
+RANGES = {      # the others are whole numbers from 1 to 2**24
+    "n_layer": (1, 1000), "n_head": (1, 1000), "n_kv_head": (1, 1000), "ffn_dim": (2, 2**24),
+    "norm_eps": (1e-12, 1.0), "rope_theta": (1.0, 2.0**40),
+    "qkv_bias": (False, True), "tied_head": (False, True),
+}
 SWITCHES = {
     "llama": {},
     "mistral": {},
@@ -551,6 +709,8 @@ FIXED = {
 
 def read_sizes(file: Path) -> dict:
     """The fields of Config in a config.json. Raises CheckpointError for what is missing or not here."""
+    if not file.exists():
+        refuse_others(file.parent)
     raw = read_json(file)
     family = raw.get("model_type")
     if family not in list(SWITCHES):            # a list: what a file holds may have no hash
@@ -564,11 +724,10 @@ def read_sizes(file: Path) -> dict:
             if raw.get(key) is not None:
                 sizes[name] = raw[key]
     sizes.setdefault("n_kv_head", sizes.get("n_head"))      # each head has keys and values of its own
-    for name in KEYS:
-        if name in SWITCHED:
-            continue
+    for name, keys in KEYS.items():
         if name in sizes or name not in OPTIONAL:
-            check_number(name, sizes.get(name), file)
+            low, high = RANGES.get(name, (1, 2**24))
+            check_number(keys, sizes.get(name), low, high, file)
     sizes.setdefault("head_dim", sizes["dim"] // sizes["n_head"])
     if sizes["n_head"] % sizes["n_kv_head"]:
         raise CheckpointError(f"{file}: {sizes['n_head']} heads cannot share {sizes['n_kv_head']} key/value "
@@ -578,20 +737,22 @@ def read_sizes(file: Path) -> dict:
         sizes["ffn_dim"] //= 2
     if family == "chatglm":                     # it turns half of each head
         sizes["rope_dim"] //= 2
-    if sizes["rope_dim"] % 2:
-        raise CheckpointError(f"{file}: {sizes['rope_dim']} channels of a head turn in pairs, an odd number; "
-                              "fetch the file again")
+    if sizes["rope_dim"] % 2 or not sizes["rope_dim"]:
+        raise CheckpointError(f"{file}: {sizes['rope_dim']} channels of a head cannot turn in pairs; fetch the "
+                              "file again")
     return sizes
 
 
-def check_number(name: str, value, file: Path):
-    """Raise CheckpointError unless a size is a positive number of the right kind, below its limit."""
-    kinds = (int, float) if name in FRACTIONS else (int,)
-    if type(value) not in kinds or not 0 < value < LIMITS.get(name, 2**24):
+def check_number(keys: str, value, low, high, file: Path):
+    """Raise CheckpointError unless a value is a number of the limits' type, between them. 1 for 1.0 will do."""
+    kinds = [type(low)]
+    if type(low) is float:
+        kinds.append(int)
+    if type(value) not in kinds or not low <= value <= high:
         problem = "missing" if value is None else repr(value)[:80]
-        keys = KEYS[name].replace(" ", " or ")
-        raise CheckpointError(f"{file}: {keys} is {problem}, expected a positive number; fetch the file "
-                              "again")
+        keys = keys.replace(" ", " or ")
+        raise CheckpointError(f"{file}: {keys} is {problem}, expected {low} to {high} ({type(low).__name__}); "
+                              "fetch the file again")
 
 
 def lift_rope(raw: dict, file: Path) -> tuple:
@@ -605,9 +766,11 @@ def lift_rope(raw: dict, file: Path) -> tuple:
         if kind == "llama3":
             scaling = tuple(rope.get(name) for name in LLAMA3)
             for name, value in zip(LLAMA3, scaling):
-                if type(value) not in (int, float) or not value > 0:
-                    raise CheckpointError(f"{file}: {name} is {value!r:.80}, expected a positive number; "
-                                          "fetch it again")
+                check_number(name, value, 1e-3, 2.0**40, file)
+            _, low, high, _ = scaling
+            if low >= high:
+                raise CheckpointError(f"{file}: low_freq_factor is {low} and high_freq_factor {high}, expected "
+                                      "a larger one; fetch the file again")
         elif kind != "default":
             raise CheckpointError(f"{file}: {key} is {rope!r:.100}, but only plain rotary embedding and "
                                   "llama3's are here; use a model without (where it was added for length, "

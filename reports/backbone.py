@@ -19,23 +19,21 @@ def embed_prompt(llm, tokenizer, task: Task, text: str):
 
 
 def ask(net: MultimodalLLM, text: str, new_tokens: int = 100) -> str:
-    """How the frozen backbone goes on with a text, greedily; the adapter has no part in it."""
+    """The text and how the frozen backbone goes on with it, greedily; the adapter has no part in it."""
     x = embed_prompt(net.llm, net.tokenizer, net.task, text)
     room = net.llm.config.max_len - x.size(1)
     ids = net.llm.generate(x, max(1, min(new_tokens, room)), eos_id=net.eos_id)
-    return net.tokenizer.decode(ids[0].tolist())
+    return net.tokenizer.decode(net.tokenizer.encode(text) + ids[0].tolist())
 
 
 @torch.no_grad()
 def fingerprints(llm, tokenizer, task: Task) -> list:
-    """The logits at every token of PROMPTS, and a checksum over the bits of every tensor."""
+    """The logits at every token of PROMPTS, and checksums over the bits of every tensor."""
     prints = []
     for text in PROMPTS:
         hidden = llm(embed_prompt(llm, tokenizer, task, text))
         prints.append(llm.logits(hidden).cpu())
-    for p in llm.parameters():
-        prints.append(p.view(torch.int16).sum().cpu())
-    return prints
+    return prints + llm.bit_sums()
 
 
 def check_backbone(net: MultimodalLLM, fresh: list, batch) -> str:

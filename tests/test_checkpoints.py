@@ -1,8 +1,11 @@
 """Sizes from config.json, weights from .safetensors or .bin: what is right loads, all else is refused."""
 import json
+import math
+import os
 import subprocess
 import sys
 import weakref
+import zipfile
 
 import pytest
 import torch
@@ -64,6 +67,8 @@ def test_published_sizes(name, tmp_path):
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "qwen", "chatglm"]
 GPTQ = {"bits": 4, "group_size": 128, "quant_method": "gptq", "modules_to_not_convert": ["lm_head"] * 99}
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 8192}
 PARTIAL = {"rope_type": "default", "partial_rotary_factor": 0.5}
 
 
@@ -71,8 +76,23 @@ PARTIAL = {"rope_type": "default", "partial_rotary_factor": 0.5}
     ("llama", {"model_type": "gpt2"}, ["'gpt2'", *FAMILIES]),
     ("llama", {"model_type": ["llama"]}, ["['llama']", *FAMILIES]),
     ("llama", {"model_type": None}, ["None", *FAMILIES]),
-    ("llama", {"rope_scaling": {"factor": 8.0, "rope_type": "llama3"}}, ["low_freq_factor is None"]),
+    ("llama", {"rope_scaling": {"factor": 8.0, "rope_type": "llama3"}}, ["low_freq_factor is missing"]),
     ("llama", {"rope_scaling": {"factor": 8.0, "rope_type": "longrope"}}, ["rope_scaling", "longrope"]),
+    ("llama", {"rope_scaling": LLAMA3 | {"factor": 0}}, ["factor is 0"]),               # these make NaN
+    ("llama", {"rope_scaling": LLAMA3 | {"factor": 1e-320}}, ["factor is 1e-320"]),
+    ("llama", {"rope_scaling": LLAMA3 | {"factor": 10**400}}, ["factor is 1000"]),
+    ("llama", {"rope_scaling": LLAMA3 | {"high_freq_factor": 1e400}}, ["high_freq_factor is inf"]),
+    ("llama", {"rope_scaling": LLAMA3 | {"high_freq_factor": 1.0}}, ["low_freq_factor is 1.0 and"]),
+    ("llama", {"rope_theta": 1e-300}, ["rope_theta is 1e-300"]),
+    ("llama", {"rope_theta": float("nan")}, ["rope_theta is nan"]),
+    ("llama", {"rope_theta": 10**400}, ["rope_theta is 1000"]),
+    ("llama", {"rms_norm_eps": 1e-320}, ["rms_norm_eps is 1e-320", "1e-12 to 1.0"]),
+    ("llama", {"rms_norm_eps": 1e6}, ["rms_norm_eps is 1000000.0"]),
+    ("llama", {"tie_word_embeddings": "no"}, ["tie_word_embeddings is 'no'", "False to True"]),
+    ("llama", {"head_dim": None, "hidden_size": 5}, ["0 channels of a head"]),
+    ("llama", {"head_dim": 7}, ["7 channels of a head"]),
+    ("qwen", {"intermediate_size": 1}, ["intermediate_size is 1"]),
+    ("llama", {"max_position_embeddings": None, "max_sequence_length": True}, ["max_sequence_length or"]),
     ("mistral", {"sliding_window": 4096}, ["sliding_window is 4096"]),
     ("llama", {"rope_scaling": "linear"}, ["rope_scaling", "linear"]),
     ("llama", {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"type": "ntk"}}, ["ntk"]),
@@ -137,6 +157,22 @@ def test_config_reads_both_homes_of_theta(tmp_path):
         assert Config.from_dir(write_config(tmp_path, {**raw, **change})).rope_theta == theta
 
 
+def test_the_first_llamas_call_it_max_sequence_length(tmp_path):
+    raw = {name: value for name, value in TINY["llama"].items() if name != "max_position_embeddings"}
+    assert Config.from_dir(write_config(tmp_path, raw | {"max_sequence_length": 2048})).max_len == 2048
+
+
+@pytest.mark.parametrize("files, words", [
+    (["adapter_config.json", "adapter_model.safetensors"], ["an adapter of PEFT", "merge"]),
+    (["adapter_config.json", "adapter_model.safetensors", "config.json"], ["an adapter of PEFT", "merge"]),
+    (["model-q4_0.gguf"], ["GGUF", "whole weights"]),
+    (["model-q4_0.gguf", "config.json"], ["GGUF", "whole weights"])])
+def test_what_people_take_for_a_checkpoint_is_refused_with_advice(tmp_path, files, words):
+    for name in files:
+        (tmp_path / name).write_text(json.dumps(TINY["llama"]))
+    refused(tmp_path, tmp_path, *words)
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Weights
 
@@ -197,12 +233,50 @@ def test_both_kinds_of_files_and_shards_are_the_same(tiny, checkpoint, bins, fam
 
 
 def test_the_fingerprint_is_of_the_weights(tiny, checkpoint):
-    assert tiny["llama"].fingerprint == "8c868ec17f49339f"                   # saved adapters name it
-    folder = checkpoint()
-    llm = load_llm(folder, dtype=torch.bfloat16)
+    assert tiny["llama"].fingerprint == "639d2864b8aff7e8"                   # saved adapters name it
+    llm = load_llm(checkpoint(), dtype=torch.bfloat16)
     assert equal(llm, tiny["llama"]) and llm.fingerprint == tiny["llama"].fingerprint
-    resave(folder, lambda t: t["model.layers.1.mlp.up_proj.weight"][0, :1].add_(1))
+
+
+EMBED, UP, GATE = "model.embed_tokens.weight", *(f"model.layers.1.mlp.{name}_proj.weight" for name in ("up", "gate"))
+
+
+def move(t, name, there, back):
+    t[name][there], t[name][back] = t[name][back].clone(), t[name][there].clone()
+
+
+@pytest.mark.parametrize("change", [
+    lambda t: t[EMBED][270, 35].mul_(1 + 1e-6),                     # the last number
+    lambda t: t["model.norm.weight"][20].neg_(),
+    lambda t: t[EMBED][200:].add_(1),
+    lambda t: t[EMBED][7, 3::4].neg_(),
+    lambda t: move(t, EMBED, (7, 3), (7, 5)),                       # two numbers of a row, two rows
+    lambda t: move(t, EMBED, 7, 9),
+    lambda t: move(t, "model.norm.weight", 7, 9),
+    lambda t: t.update({UP: t[GATE], GATE: t[UP]}),
+])
+def test_the_fingerprint_shows_any_change(tiny, checkpoint, change):
+    folder = checkpoint()
+    resave(folder, change)
     assert load_llm(folder).fingerprint != tiny["llama"].fingerprint
+
+
+@pytest.mark.parametrize("dtype", model.FLOATS)
+@pytest.mark.parametrize("shape", [(5, 8), (3, 7), (4, 1), (1, 9), (6,), (1,)])
+def test_bit_sums_are_what_they_say(dtype, shape):
+    numbers = torch.arange(41).add(0.7).log().to(dtype)
+    x = numbers[1:1 + math.prod(shape)].view(shape)         # begins within a word
+    expected = []
+    for row in x.reshape(len(x), -1):
+        raw = row.clone().view(torch.uint8).numpy().tobytes()
+        if len(row) % 4:
+            raw += bytes((4 - len(row) % 4) * x.element_size())
+        words = [int.from_bytes(raw[i:i + 8], "little") for i in range(0, len(raw), 8)]
+        total = sum(word * (2 * i + 1) for i, word in enumerate(words)) % 2**64
+        expected.append(total if total < 2**63 else total - 2**64)
+    assert model.bit_sums(x).tolist() == expected
+    columns_first = x.T.contiguous().T if x.dim() == 2 else x
+    assert model.bit_sums(columns_first).tolist() == expected
 
 
 @pytest.mark.parametrize("n", [0, 3])
@@ -308,19 +382,19 @@ def test_quantised_weights_are_refused(checkpoint):
 
 @pytest.mark.filterwarnings("ignore")                           # some kinds are on their way out of torch
 @pytest.mark.parametrize("make, word", [
-    (lambda: torch.eye(4).to_sparse(), "no plain dense tensor"),
-    (lambda: torch.quantize_per_tensor(torch.ones(3, 3), 0.1, 0, torch.qint8), "torch.qint8"),
-    (lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]), "no plain dense tensor"),
-    (lambda: torch.empty(3, device="meta"), "no plain dense tensor"),
-    (lambda: [1.0, 2.0], "no plain dense tensor"),
-    (lambda: {"weight": torch.ones(3)}, "no plain dense tensor"),
-    (lambda: torch.ones(3, dtype=torch.int32), "torch.int32"),
-    (lambda: torch.ones(3, dtype=torch.float8_e4m3fn), "float8"),
-    (lambda: torch.ones(3, dtype=torch.complex64), "complex"),
-    (lambda: torch.ones(1).expand(1 << 40, 36), "[1099511627776, 36]"),
-], ids=["sparse", "quantised", "nested", "meta", "list", "dict", "integers", "fp8", "complex", "huge"])
+    (lambda: torch.eye(4).to_sparse(), "_rebuild_sparse_tensor"),
+    (lambda: torch.quantize_per_tensor(torch.ones(3, 3), 0.1, 0, torch.qint8), "_rebuild_qtensor"),
+    (lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]), "_rebuild_nested_tensor"),
+    (lambda: torch.empty(3, device="meta"), "_rebuild_meta_tensor"),
+    (lambda: torch.ones(3, dtype=torch.float8_e4m3fn), "_rebuild_tensor_v3"),
+    (lambda: [1.0, 2.0], "lm_head.weight is no plain dense tensor"),
+    (lambda: {"weight": torch.ones(3)}, "lm_head.weight is no plain dense tensor"),
+    (lambda: torch.ones(3, dtype=torch.int32), "torch.int32: lm_head.weight"),
+    (lambda: torch.ones(3, dtype=torch.complex64), "complex64: lm_head.weight"),
+    (lambda: torch.ones(1).expand(1 << 40, 36), "lm_head.weight is [1099511627776, 36]"),
+], ids=["sparse", "quantised", "nested", "meta", "fp8", "list", "dict", "integers", "complex", "huge"])
 def test_tensors_that_are_not_plain_floats_are_refused(bins, make, word):
-    refused(bins(change={"lm_head.weight": make()}), "lm_head.weight", "pytorch_model.bin", word)
+    refused(bins(change={"lm_head.weight": make()}), "pytorch_model.bin", word)
 
 
 def test_a_tensor_in_two_files_is_refused_unless_the_index_tells_them_apart(tiny, shards):
@@ -368,7 +442,7 @@ def test_bin_files_of_other_things_are_refused(bins):
     folder = bins()
     file = folder / "pytorch_model.bin"
     torch.save(tiny_tensors("llama"), file, _use_new_zipfile_serialization=False)
-    refused(folder, file, "mmap")                                       # the format before torch 1.6
+    refused(folder, file, "no whole zip archive", "torch 1.6")          # the format before that
     for content, word in [([torch.ones(3)], "not a whole"), ({"weight": [1.0]}, "weight is no plain")]:
         torch.save(content, file)
         refused(folder, file, word)
@@ -386,6 +460,71 @@ def test_nothing_in_a_hostile_file_is_run(bins, tmp_path, old_format):
     assert not canary.exists()
     torch.load(file, weights_only=False)
     assert canary.exists()                                              # it was a live one
+
+
+def rezip(file, change, kind=zipfile.ZIP_STORED):
+    """Write a zip archive again with change(name, content) of each entry, stored or compressed."""
+    with zipfile.ZipFile(file) as archive:
+        entries = {entry.filename: archive.read(entry) for entry in archive.infolist()}
+    with zipfile.ZipFile(file, "w", kind) as archive:
+        for name, content in entries.items():
+            archive.writestr(name, change(name, content))
+
+
+def test_a_compressed_bin_is_refused(bins, tiny):
+    folder = bins()
+    rezip(folder / "pytorch_model.bin", lambda name, content: content)
+    assert equal(load_llm(folder), tiny["llama"])
+    rezip(folder / "pytorch_model.bin", lambda name, content: content, zipfile.ZIP_DEFLATED)
+    refused(folder, "pytorch_model.bin", "compressed", "torch.save")
+
+
+# Tuples that hold the one before twice, from () on: sixty steps to 2**60 parts, which a dictionary would walk through.
+LAUGHS = b"\x80\2)q\0" + b"".join(b"h%ch%c\x86q%c" % (i, i, i + 1) for i in range(60))
+
+
+@pytest.mark.parametrize("program, word", [
+    (b"\x80\2cbuiltins\nbytearray\nJ\0\0\0\x7f\x85R.", "builtins bytearray"),                 # 2 GB
+    (b"\x80\2ctorch.storage\nUntypedStorage\nJ\0\0\0\x7f\x85R.", "torch.storage UntypedStorage"),
+    (b"\x80\2}" + LAUGHS + b"K\1s.", "used twice"),
+    (LAUGHS + b"Q.", "used twice"),
+    (b"\x80\2" + b"(" * 300_000 + b".", "its list of tensors has 300003 bytes"),
+    (b"", "pickle"), (b"\x80\2", "pickle"), (b"\x80\2h\7.", "'7'"),
+], ids=["bytearray", "storage", "key", "number", "long", "empty", "cut", "no such memory"])
+def test_a_bin_that_would_take_memory_or_time_is_refused(bins, program, word):
+    folder = bins()
+    rezip(folder / "pytorch_model.bin", lambda name, content: program if name.endswith("data.pkl") else content)
+    refused(folder, "pytorch_model.bin", word)
+
+
+def test_a_tensor_that_claims_its_neighbours_numbers_is_refused(bins):
+    folder = bins()
+    claim = [b"K" + bytes([36]) + b"tq", b"K" + bytes([40]) + b"tq"]        # 36 numbers, 40
+    rezip(folder / "pytorch_model.bin", lambda name, content: content.replace(*claim, 1))
+    refused(folder, "pytorch_model.bin", "numbers that are not theirs")
+
+
+def test_weights_that_are_one_number_seen_many_times_are_refused(bins):
+    """A config.json may ask for as much, and a .bin of a few bytes give it."""
+    folder = bins(change={name: torch.ones(1).expand(1 << 23, 36) for name in (EMBED, "lm_head.weight")})
+    write_config(folder, TINY["llama"] | {"vocab_size": 1 << 23})
+    refused(folder, "they take 24160", "but the files have")
+
+
+def test_names_that_a_terminal_would_obey_are_refused(checkpoint, bins):
+    for folder in (checkpoint(), bins()):
+        (file,) = folder.glob("*model.*")
+        resave(folder, lambda t: t.update({"\x1b[31m": torch.ones(1)}), file.name)
+        refused(folder, file, r"\x1b[31m")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no such files here")
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "pytorch_model.bin"])
+def test_a_fifo_in_the_place_of_a_file_is_refused(tmp_path, name):
+    folder = write_config(tmp_path, TINY["llama"])
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    refused(folder, folder / name, "not found" if name == "config.json" else "no ordinary file")
 
 
 def test_safetensors_are_taken_first(checkpoint, tiny, monkeypatch):

@@ -2,6 +2,7 @@
 
 Backbones are in float64 here: see `tiny64` and `near` in conftest.py.
 """
+import copy
 import math
 
 import pytest
@@ -9,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from bench import kept_bytes
 from conftest import TINY, near, need_shared, need_smollm2, published_tensors, recipe
-from conftest import tiny_tensors, write_checkpoint
+from conftest import tiny_tensors, write_checkpoint, write_tiny
 from torch.nn import RMSNorm
 
 from data import load_tokenizer
-from model import LLM, MLP, Config, KVCache, apply_rope, load_llm, rope_table
+from model import LLM, MLP, Config, Int8Product, KVCache, apply_rope, load_llm, rope_table, to_int8, widen
 
 # ---------------------------------------------------------------------------------------------------------
 # The same transformer a second time: one row, one head, one position at a time, on the published tensors
@@ -476,3 +477,54 @@ def test_recomputation_refuses_what_it_would_get_wrong():
     llm(x, recompute=1)
     with pytest.raises(AssertionError, match="frozen"):
         llm(x, recompute=2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 8 bits
+
+
+def test_a_product_in_8_bits_is_that_of_the_widened_weights():
+    w = recipe("int8.w", (5, 12), 1.0)
+    w[3] = 0                                                            # a row of zeros has no scale
+    weight, scale = to_int8(w, torch.float32)
+    assert weight.dtype == torch.int8 and weight.abs().amax(dim=1).tolist() == [127, 127, 127, 0, 127]
+    assert ((widen(weight, scale) - w).abs() <= scale[:, None] / 2 + 1e-7).all()
+    x = recipe("int8.x", (7, 12), 1.0).requires_grad_()
+    y = Int8Product.apply(x, weight, scale)
+    near(y, x.double() @ widen(weight, scale).double().T)
+    (gradient,) = torch.autograd.grad(y.square().sum(), x)
+    near(gradient, 2 * y.double() @ widen(weight, scale).double())
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen", "chatglm"])
+def test_a_backbone_in_8_bits(tiny, tmp_path, family):
+    folder = write_tiny(tmp_path, family)
+    whole, llm = tiny[family], load_llm(folder, dtype=torch.int8)
+    assert llm.fingerprint == whole.fingerprint                         # of the weights on disk
+    matrices = {name for name, p in llm.named_parameters() if p.dtype == torch.int8}
+    assert matrices == {f"blocks.{i}.{layer}.weight" for i in range(whole.config.n_layer)
+                        for layer in ("attn.qkv", "attn.out", "mlp.gate_up", "mlp.down")}
+    for name, p in whole.named_parameters():
+        found = llm.get_parameter(name)
+        if name in matrices:
+            found = widen(found, llm.get_parameter(name.replace("weight", "scale")))
+            assert ((found - p).abs().amax(dim=1) <= p.abs().amax(dim=1) / 253).all()
+        else:
+            assert torch.equal(found, p)
+
+    # As a backbone of fp32 that has the widened weights: answers, loss, gradients; and recomputation is allowed.
+    twin = copy.deepcopy(whole)
+    for name in matrices:
+        scale = llm.get_parameter(name.replace("weight", "scale"))
+        twin.get_parameter(name).data = widen(llm.get_parameter(name), scale)
+    x = recipe("int8.row", (2, 6, whole.config.dim), 1.0)
+    assert torch.equal(llm.generate(x, 3), twin.generate(x, 3))
+    gradients = []
+    for net, recompute in ((twin, 0), (llm, 0), (llm, 2)):
+        row = x.clone().requires_grad_()
+        loss = net.logits(net(row, recompute=recompute)).square().mean()
+        gradients.append(torch.autograd.grad(loss, row)[0])
+    near(gradients[0], gradients[1], 1e-5)
+    assert torch.equal(gradients[1], gradients[2])
+    row = x.clone().requires_grad_()
+    assert kept_bytes(llm, row, 0) == kept_bytes(twin, row, 0)          # nothing widened is kept for backward
