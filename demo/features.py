@@ -8,6 +8,10 @@ The csv is named like its task in TASKS (data.py). Its columns: split (train, va
 an intensity), text, and file: a clip that FFmpeg reads, relative to the csv. Each clip has sound; one without
 pictures counts as one without video. Pickles lie beside the csv, arrays beside the clip.
 
+A clip that cannot be used does not hold up the others: the pickles are written without it, and the command
+ends with each such clip and its reason, and exit code 1. The pickles can be used as they are. Once the clips
+are mended, the same command makes all of it anew, the scale too.
+
 audio   (La, 25), 20 frames a second: openSMILE's eGeMAPSv02 low-level descriptors, one each 10 ms, averaged
         over 50 ms. In order: loudness, alpha ratio, Hammarberg index, slopes 0-500 and 500-1500 Hz, spectral
         flux, MFCC 1-4, F0 (semitones above 27.5 Hz), jitter, shimmer, HNR, H1-H2, H1-A3, and frequency,
@@ -23,6 +27,7 @@ deviation there, or by 1 if it never changes. NAME_scale.json keeps both: new cl
 import argparse
 import csv
 import importlib
+import io
 import json
 import math
 import pickle
@@ -36,7 +41,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import SPLITS  # noqa: E402
-from support.files import UserError, read_json  # noqa: E402
+from support.files import UserError, read_json, write_atomic  # noqa: E402
 
 COLUMNS = ("split", "label", "text", "file")
 SOUND_RATE = 16_000             # samples a second, mono
@@ -44,6 +49,10 @@ SHORTEST = 0.06                 # seconds of sound that openSMILE can analyse
 AVERAGED = 5                    # frames of 10 ms: 100 a second would be slow through an LSTM
 PICTURE_RATE = 4                # a second; the other pictures are left out
 PICTURE_DIM = 512
+
+
+class BadClip(UserError):
+    """A clip that cannot be used. The others can."""
 
 
 # --- One clip -----------------------------------------------------------------------------------------------
@@ -86,29 +95,42 @@ def sound_features(samples: np.ndarray) -> np.ndarray:
     return np.stack([part.mean(axis=0) for part in parts])
 
 
+def new_resampler():
+    """Takes frames of one layout and rate."""
+    return library("av").AudioResampler(format="flt", layout="mono", rate=SOUND_RATE)
+
+
 def clip_features(path: Path) -> dict:
-    """{"audio": (La, 25), "video": (Lv, 512)}, Lv 0 without pictures. Raises UserError for an unfit file."""
+    """{"audio": (La, 25), "video": (Lv, 512)}, Lv 0 without pictures. Raises BadClip for an unfit file."""
     av = library("av")
-    resampler = av.AudioResampler(format="flt", layout="mono", rate=SOUND_RATE)
     sound = []
     video = []
+    resampler = new_resampler()
+    layout = None                                               # of the sound; with its rate and format
     due = 0.0                                                   # seconds, of the next picture
     try:
         with av.open(str(path), metadata_errors="replace") as file:
+            if not file.streams.audio:
+                raise BadClip(f"{path}: no sound in it; expected at least {SHORTEST} s")
             start = (file.start_time or 0) / av.time_base
             streams = [*file.streams.audio[:1], *file.streams.video[:1]]
             for frame in file.decode(streams):
                 if isinstance(frame, av.AudioFrame):
+                    now = frame.sample_rate, frame.layout.name, frame.format.name
+                    if now != layout:                           # at first, and where it changes half-way
+                        sound += resampler.resample(None)       # what it held back
+                        resampler = new_resampler()
+                        layout = now
                     sound += resampler.resample(frame)
                 elif frame.time is not None and frame.time - start >= due:      # a cover has no time
                     video.append(picture_features(frame))
                     due = (math.floor((frame.time - start) * PICTURE_RATE) + 1) / PICTURE_RATE
+        sound += resampler.resample(None)
     except av.FFmpegError as error:
-        raise UserError(f"{path}: FFmpeg cannot read it ({error.strerror})") from None
-    sound += resampler.resample(None)                           # what it held back
+        raise BadClip(f"{path}: FFmpeg cannot read it ({error.strerror})") from None
     seconds = sum(piece.samples for piece in sound) / SOUND_RATE
     if seconds < SHORTEST:
-        raise UserError(f"{path}: {seconds:.2f} s of sound; expected at least {SHORTEST} s")
+        raise BadClip(f"{path}: {seconds:.2f} s of sound; expected at least {SHORTEST} s")
     samples = np.concatenate([piece.to_ndarray()[0] for piece in sound])
     video = np.reshape(video, (-1, PICTURE_DIM))                # also where there is no picture
     return {"audio": sound_features(samples), "video": video.astype(np.float32)}
@@ -125,6 +147,20 @@ def measure(clips: list) -> dict:
             std[std <= 1e-6 * np.abs(mean)] = 1                 # it never changes, but for rounding
             scale[kind] = mean.tolist(), std.tolist()
     return scale
+
+
+def check_scale(scale: dict, clip: dict, file: Path):
+    """Raises UserError unless the file's scale has a mean and a deviation for each of the clip's features."""
+    for kind, numbers in scale.items():
+        width = clip[kind].shape[1] if kind in clip else 0
+        try:
+            mean, std = np.array(numbers, dtype=np.float64)
+            fits = mean.shape == (width,) and np.isfinite([mean, std]).all() and (std > 0).all()
+        except (TypeError, ValueError, OverflowError):          # not two lists of numbers
+            fits = False
+        if not fits:
+            raise UserError(f"{file}: expected {width} means and {width} standard deviations of {kind!r:.40} "
+                            "features; make it again from its csv")
 
 
 def scaled(clip: dict, scale: dict) -> dict:
@@ -168,34 +204,57 @@ def number(label: str) -> str | float:
         return label
 
 
+def analyse(rows: list, folder: Path):
+    """(row, features) of each clip that can be used, and for each other one a line that says why not."""
+    used = []
+    bad = []
+    for n, row in enumerate(tqdm(rows, unit="clip"), start=2):
+        try:
+            used.append((row, clip_features(folder / row["file"])))
+        except BadClip as error:
+            bad.append(f"row {n}: {error}")
+    return used, bad
+
+
 def write_dataset(path: Path, scale_file: Path):
+    """Raises UserError if clips had to be left out, once all else is written."""
     rows = read_rows(path)
-    with tqdm(rows, unit="clip") as bar:
-        clips = [clip_features(path.parent / row["file"]) for row in bar]
-    train = [clip for row, clip in zip(rows, clips) if row["split"] == "train"]
+    used, bad = analyse(rows, path.parent)
+    for line in bad:
+        print(line, file=sys.stderr)
+    train = [clip for row, clip in used if row["split"] == "train"]
+    if not train:
+        raise UserError(f"{path}: no clip of split train can be used; nothing is written")
     scale = measure(train)
-    scale_file.write_text(json.dumps(scale))
-    entries = {split: [] for split in SPLITS}
-    for row, clip in zip(rows, clips):
-        x = scaled(clip, scale)
-        features = {"text": row["text"], **x}
-        features["audio_len"] = len(x["audio"])
-        features["video_len"] = len(x["video"])
-        entry = {"id": row["file"], "label": number(row["label"]), "features": features}
-        entries[row["split"]].append(entry)
+    write_atomic(scale_file, json.dumps(scale).encode())
     for split in SPLITS:
+        entries = []
+        for row, clip in used:
+            if row["split"] == split:
+                x = scaled(clip, scale)
+                lengths = {"audio_len": len(x["audio"]), "video_len": len(x["video"])}
+                features = {"text": row["text"], **x, **lengths}
+                entries.append({"id": row["file"], "label": number(row["label"]), "features": features})
         target = path.with_name(f"{path.stem}_{split}.pkl")
-        target.write_bytes(pickle.dumps(entries[split], protocol=4))
-        print(f"{target}: {len(entries[split])} rows")
+        write_atomic(target, pickle.dumps(entries, protocol=4))
+        n = sum(row["split"] == split for row in rows)
+        print(f"{target}: {len(entries)} of {n} rows")
+    if bad:
+        raise UserError(f"{path}: {len(bad)} of {len(rows)} clips are left out, see above; mend them and run "
+                        "this again, or go on without them")
 
 
 def write_clip(path: Path, scale_file: Path):
     """Prints the arrays' files as eval.py's flags."""
-    scale = read_json(scale_file)
-    for kind, frames in scaled(clip_features(path), scale).items():
+    scale = read_json(scale_file, ("audio",))
+    clip = clip_features(path)
+    check_scale(scale, clip, scale_file)
+    for kind, frames in scaled(clip, scale).items():
         if len(frames) > 0:
+            buffer = io.BytesIO()
+            np.save(buffer, frames)
             target = path.with_suffix(f".{kind}.npy")
-            np.save(target, frames)
+            write_atomic(target, buffer.getvalue())
             print(f"--{kind} {target}")
 
 

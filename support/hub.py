@@ -1,9 +1,11 @@
 """The hub: its client, huggingface_hub, is optional, and knows cache, mirrors and tokens."""
 from pathlib import Path
+from textwrap import shorten
 
 from support.files import DataError, brief
 
 LLM_FILES = ["*.json", "*.model", "*.tiktoken", "merges.txt", "*.safetensors"]
+OTHER_FORMATS = ["*/*", "consolidated*"]    # the same weights again: in a model's folders, and Mistral's own
 HUB_ADVICE = {      # for each kind of error of its client
     "ModuleNotFoundError": "pip install huggingface_hub",
     "RepositoryNotFoundError": "check the name; if it is private, run: hf auth login",
@@ -18,7 +20,7 @@ def find_llm(name, fetch: bool = False) -> Path:
     folder = hub_folder(str(name), "model", LLM_FILES, fetch)
     if folder is None:
         raise DataError(f"{name}: no such backbone, neither as a folder nor in the hub's cache; name its "
-                        f"folder or get it: train.py --llm {name} --download, or: hf download {name}")
+                        f"folder with --llm, or get it: hf download {name} (train.py does so with --download)")
     if fetch and not any(folder.glob("*.safetensors")):
         hub_folder(str(name), "model", ["*.bin"], fetch)        # an old one has its weights in this format
     return folder
@@ -26,16 +28,16 @@ def find_llm(name, fetch: bool = False) -> Path:
 
 def hub_folder(repo: str, kind: str, files: list, fetch: bool) -> Path | None:
     """Where the hub's client keeps files of a "model" or "dataset". fetch: get them first, or DataError."""
-    inner = "*/*" if kind == "model" else None          # a model's folders hold other formats
+    ignored = OTHER_FORMATS if kind == "model" else None
     try:
         from huggingface_hub import snapshot_download   # optional
-        folder = snapshot_download(repo, repo_type=kind, allow_patterns=files, ignore_patterns=inner,
+        folder = snapshot_download(repo, repo_type=kind, allow_patterns=files, ignore_patterns=ignored,
                                    local_files_only=not fetch)
         return Path(folder)
     except Exception as error:      # whatever its client raises
         if not fetch:
             return None
-        reason = brief(error)[:200]
+        reason = shorten(brief(error), 200, placeholder=" ...")
         advice = HUB_ADVICE.get(type(error).__name__, "check the network and the name")
         raise DataError(f"{repo} cannot be fetched ({reason}): {advice}; or by hand: "
                         f"hf download {repo} --repo-type {kind}") from None

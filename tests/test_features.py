@@ -1,4 +1,5 @@
 """demo/features.py: the csv, the scale and the files; and what the extractors make of sound and pictures."""
+import io
 import json
 import sys
 import wave
@@ -154,6 +155,83 @@ def test_bad_rows_and_files(tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.glob("*.pkl"))
 
 
+def spoil(monkeypatch, *names):
+    """These clips cannot be used."""
+    def extract(path, extract=features.clip_features):
+        if path.name in names:
+            raise features.BadClip(f"{path}: FFmpeg cannot read it")
+        return extract(path)
+    monkeypatch.setattr(features, "clip_features", extract)
+
+
+def test_a_bad_clip_does_not_hold_up_the_others(tmp_path, monkeypatch, capsys):
+    table = write_csv(tmp_path)
+    with monkeypatch.context() as patch:
+        spoil(patch, "1.wav", "6.mp4")
+        assert run(table) == 1
+        out, err = capsys.readouterr()
+        assert refusal(capsys, table, tmp_path / "1.wav") == f"error: {tmp_path / '1.wav'}: FFmpeg cannot read it"
+    assert err.splitlines()[-3:] == [
+        f"row 3: {tmp_path / '1.wav'}: FFmpeg cannot read it",
+        f"row 8: {tmp_path / '6.mp4'}: FFmpeg cannot read it",
+        f"error: {table}: 2 of 12 clips are left out, see above; mend them and run this again, or go on without them"]
+    assert "mine_train.pkl: 3 of 4 rows" in out and "mine_test.pkl: 4 of 4 rows" in out
+    train, valid = (data.load_split(MINE, tmp_path, split) for split in ("train", "valid"))
+    assert train.id == ["0.wav", "2.mp4", "3.mp4"] and valid.id == ["4.wav", "5.wav", "7.mp4"]
+    assert train.text[1] == "Na, das ist ja schön 2" and train.video_len == [0, 2, 2]
+    np.testing.assert_allclose(np.concatenate(train.audio).mean(axis=0), 0, atol=1e-6)
+
+    assert run(table) == 0                              # they are mended
+    assert "mine_train.pkl: 4 of 4 rows" in capsys.readouterr().out
+    assert data.load_split(MINE, tmp_path, "valid").id == ["4.wav", "5.wav", "6.mp4", "7.mp4"]
+
+
+def test_a_split_without_a_good_clip(tmp_path, monkeypatch, capsys):
+    table = write_csv(tmp_path)
+    with monkeypatch.context() as patch:
+        spoil(patch, "0.wav", "1.wav", "2.mp4", "3.mp4")
+        assert "no clip of split train can be used; nothing is written" in refusal(capsys, table)
+    assert not list(tmp_path.glob("*.pkl")) and not list(tmp_path.glob("*.json"))
+    spoil(monkeypatch, "4.wav", "5.wav", "6.mp4", "7.mp4")
+    assert run(table) == 1
+    assert "mine_valid.pkl: 0 of 4 rows" in capsys.readouterr().out
+    with pytest.raises(data.DataError, match="mine_valid.pkl, valid: .* at least one"):
+        data.load_split(MINE, tmp_path, "valid")
+
+
+def test_files_are_replaced_whole(tmp_path):
+    table = write_csv(tmp_path)
+    made = ["mine_train.pkl", "mine_valid.pkl", "mine_test.pkl", "mine_scale.json", "2.audio.npy", "2.video.npy"]
+    assert run(table) == run(table, tmp_path / "2.mp4") == 0
+    before = {name: (tmp_path / name).read_bytes() for name in made}
+    for name in made:
+        (tmp_path / f"{name}.old").hardlink_to(tmp_path / name)         # changes with a file that is written into
+    for clip in (*tmp_path.glob("*.wav"), *tmp_path.glob("*.mp4")):
+        clip.write_bytes(bytes([clip.read_bytes()[0] + 100]))
+    assert run(table) == run(table, tmp_path / "2.mp4") == 0
+    for name in made:
+        assert (tmp_path / f"{name}.old").read_bytes() == before[name] != (tmp_path / name).read_bytes()
+
+
+FITS = [[0.0] * 3, [1.0] * 3]                           # of the three audio features here
+
+
+@pytest.mark.parametrize("scale", [
+    "{", [1], {}, {"video": FITS}, {"audio": None}, {"audio": "ab"}, {"audio": 1}, {"audio": [1, 2]},
+    {"audio": FITS[:1]}, {"audio": [[float("inf")] * 3, [1.0] * 3]}, {"audio": [[0.0] * 25, [1.0] * 25]},
+    {"audio": [[0.0] * 3, [1.0] * 2]}, {"audio": [[0.0] * 3, [1.0, 0.0, 1.0]]},
+    {"audio": [[0.0] * 3, [1.0, float("nan"), 1.0]]},
+    {"audio": [[10**400] * 3, [1.0] * 3]}, {"audio": FITS, "video": FITS}, {"audio": FITS, "smell": FITS},
+])
+def test_damaged_scale(scale, tmp_path, capsys):
+    table = write_csv(tmp_path)
+    text = scale if isinstance(scale, str) else json.dumps(scale)
+    (tmp_path / "mine_scale.json").write_text(text)
+    told = refusal(capsys, table, tmp_path / "2.mp4")
+    assert "mine_scale.json: " in told and "make it again" in told
+    assert not list(tmp_path.glob("*.npy"))
+
+
 def test_missing_library(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "av", None)
     monkeypatch.setattr(features, "clip_features", CLIP_FEATURES)
@@ -200,14 +278,46 @@ def test_sound(libraries, tmp_path):
     assert loudness[:18].max() < 0.1 < loudness[22:38].min()            # it is silent until 1 s
     np.testing.assert_allclose(pitch[25:35], 24, atol=0.3)              # 110 Hz: two octaves above 27.5 Hz
     write_wav(tmp_path / "b.wav", 0.05)
-    with pytest.raises(ValueError, match="b.wav: 0.05 s of sound; expected at least 0.06"):
+    with pytest.raises(features.BadClip, match="b.wav: 0.05 s of sound; expected at least 0.06"):
         features.clip_features(tmp_path / "b.wav")
 
 
 def test_unreadable_clip(libraries, tmp_path):
     (tmp_path / "a.wav").write_text("no sound at all")
-    with pytest.raises(ValueError, match="a.wav: FFmpeg cannot read it"):
+    with pytest.raises(features.BadClip, match="a.wav: FFmpeg cannot read it"):
         features.clip_features(tmp_path / "a.wav")
+
+
+def test_clip_without_sound(libraries, tmp_path):
+    write_mp4(libraries, tmp_path / "a.mp4", 1.0, sound=False)
+    (tmp_path / "a.srt").write_text("1\n00:00:00,000 --> 00:00:01,000\nSubtitles\n")
+    for name in ("a.mp4", "a.srt"):
+        with pytest.raises(features.BadClip, match=f"{name}: no sound in it"):
+            features.clip_features(tmp_path / name)
+
+
+def aac(av, rate: int, layout: str) -> bytes:
+    """A second of a tone of 220 Hz."""
+    file = io.BytesIO()
+    with av.open(file, "w", format="adts") as container:
+        stream = container.add_stream("aac", rate=rate, layout=layout)
+        tone = np.sin(np.arange(rate) * 2 * np.pi * 220 / rate).astype(np.float32) / 2
+        tones = np.repeat(tone[None], 2 if layout == "stereo" else 1, axis=0)
+        frame = av.AudioFrame.from_ndarray(tones, format="fltp", layout=layout)
+        frame.sample_rate = rate
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return file.getvalue()
+
+
+def test_sound_that_changes_half_way(libraries, tmp_path):
+    parts = [aac(libraries, 16_000, "mono"), aac(libraries, 44_100, "mono"), aac(libraries, 44_100, "stereo")]
+    (tmp_path / "a.aac").write_bytes(b"".join(parts))
+    x = features.clip_features(tmp_path / "a.aac")
+    assert abs(len(x["audio"]) - 60) <= 5                               # 3 s, and what the encoder adds
+    pitch = x["audio"][:, 10]
+    for part in (pitch[5:15], pitch[26:36], pitch[47:57]):
+        np.testing.assert_allclose(part, 36, atol=0.3)                  # three octaves above 27.5 Hz
 
 
 def test_pictures(libraries, tmp_path, monkeypatch):
@@ -221,7 +331,4 @@ def test_pictures(libraries, tmp_path, monkeypatch):
     assert x["video"].shape == (8, 512)                                 # 4 a second
     step = np.abs(np.diff(x["video"], axis=0)).max(axis=1)
     assert step.argmax() == 3                                           # grey until 1 s, white from then on
-    write_mp4(libraries, tmp_path / "b.mp4", 1.0, sound=False)
-    with pytest.raises(ValueError, match="b.mp4: 0.00 s of sound"):
-        features.clip_features(tmp_path / "b.mp4")
     features.picture_encoder.cache_clear()
