@@ -9,6 +9,7 @@ Shapes: N rows of a split, B of a batch, La / Lv frames, Da / Dv features of a f
 """
 import argparse
 import math
+import os
 import re
 import sys
 from collections import Counter
@@ -20,8 +21,8 @@ import numpy as np
 import torch
 
 from support.check import FEATURES, check, check_task, is_features, problems
-from support.files import DataError, UserError
-from support.guards import Stopped, stop_on_signals
+from support.files import DataError, UserError, printable
+from support.guards import run_program
 from support.hub import find_llm, hub_folder
 from support.pickles import read_pickle, scalar
 from support.tokenizers import load_tokenizer
@@ -333,7 +334,7 @@ class Split:
 
 def clean(x: np.ndarray) -> np.ndarray:
     """Features as fp32; NaN and both infinities become 0 (in the release, NaN of video and -inf of audio)."""
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         x = x.astype(np.float32)
     x[~np.isfinite(x)] = 0
     return x
@@ -341,11 +342,11 @@ def clean(x: np.ndarray) -> np.ndarray:
 
 def collate(split: Split, rows) -> Batch:
     """The batch of these row numbers."""
-    audio, audio_len = padded([split.frames("audio", row) for row in rows])
-    video, video_len = padded([split.frames("video", row) for row in rows])
-    text = [split.text[row] for row in rows]
-    label = [split.label[row] for row in rows]
-    return Batch(text, audio, audio_len, video, video_len, label)
+    columns = {name: [getattr(split, name)[row] for row in rows] for name in ("text", "label")}
+    for kind in FEATURES:
+        frames = [split.frames(kind, row) for row in rows]
+        columns[kind], columns[f"{kind}_len"] = padded(frames)
+    return Batch(**columns)
 
 
 def padded(features):
@@ -390,7 +391,7 @@ def share_of(split: Split, share: float, seed: int, left: int = 0) -> tuple[Spli
 
 
 # --- Reading a split ----------------------------------------------------------------------------------------
-COLUMNS = {                         # field of a Split -> its column in a table; the first four are required
+COLUMNS = {                         # field of a Split -> its column in a table
     "text": "raw_text",
     "audio": "audio",
     "video": "vision",
@@ -400,6 +401,8 @@ COLUMNS = {                         # field of a Split -> its column in a table;
     "id": "id",
 }
 FIELDS = tuple(COLUMNS)
+REQUIRED = ("text", *FEATURES, "label")
+ROW_OF_FILES = '{"label": y, "features": {"text": x, "audio": np.load(A), "video": np.load(V)}}'
 NO_VALID = "; or take validation rows from the training rows: train.py --valid-share 0.1"
 
 
@@ -418,7 +421,7 @@ def load_split(task: Task, data_dir, split: str, fetch: bool = False) -> Split:
         missing[f"no {kind}"] = getattr(data, f"{kind}_len").count(0)
     for has, n in {**data.oddities, **missing, **odd}.items():
         if n > 0:
-            print(f"{task.name} {split}: {n} rows have {has}", file=sys.stderr)
+            print(printable(f"{task.name} {split}: {n} rows have {has}"), file=sys.stderr)
     data.label = [task.number(label) for label in data.label]
     return data
 
@@ -448,7 +451,7 @@ def read_split(task: Task, file: Path, split: str) -> Split:
     elif not isinstance(raw, dict):
         raw = {}
 
-    columns = {name: [] for name in FIELDS[:4]}
+    columns = {name: [] for name in REQUIRED}
     for name in FIELDS:
         column = raw.get(names[name])
         is_array = isinstance(column, np.ndarray) and column.ndim > 0
@@ -459,13 +462,14 @@ def read_split(task: Task, file: Path, split: str) -> Split:
     if n == 0 or set(counts.values()) != {n}:
         raise DataError(f"{file}, {split}: has {counts} entries; expected as many in each, and at least one, "
                         "or a list of rows {'label': y, 'features': {'text': x, 'audio': (La, Da), ...}}")
-    for name in ("text", "label", "audio_len", "video_len", "id"):
-        column = columns.get(name, [None] * n)
-        columns[name] = [scalar(x) for x in column]
+    for name in FIELDS:
+        if name not in FEATURES:
+            column = columns.get(name, [None] * n)
+            columns[name] = [scalar(x) for x in column]
     for row, name in enumerate(columns["id"]):
         columns["id"][row] = str(row if name is None else name)
     oddities = settle_lengths(columns)
-    unused = sorted(map(str, raw.keys() - names.values()))
+    unused = sorted(" ".join(key.split()) for key in raw.keys() - names.values())
     return Split(**columns, unused=unused, oddities=oddities)
 
 
@@ -479,8 +483,8 @@ def table_of(rows):
         flat = row | features if isinstance(features, dict) else {}
         flat_rows.append(flat)
         names.update(flat)
-    table = {}
-    for name in names - {"features"}:
+    table = dict.fromkeys(names - {"features"})         # what is not used is only named
+    for name in FIELDS:
         table[name] = [row.get(name) for row in flat_rows]
     return table
 
@@ -510,7 +514,9 @@ def find_data(task: Task, data_dir, split: str, fetch: bool = False) -> Path:
     name = task.files[split]
     root = Path(data_dir)
     found = candidates(task, root, split)
-    advice = "put it there; github.com/thuiar/MMSA tells where it is published"
+    advice = 'the page says under "Your own data" what it holds and how to make it'
+    if task.sha256:
+        advice = "put it there; github.com/thuiar/MMSA tells where it is published"
     if task.hub and not found:
         advice = f"try --download, or: hf download {task.hub} --repo-type dataset --local-dir {data_dir}"
         folder = hub_folder(task.hub, "dataset", [f"*{Path(name).name}"], fetch)
@@ -521,8 +527,13 @@ def find_data(task: Task, data_dir, split: str, fetch: bool = False) -> Path:
     if found:
         listed = ", ".join(map(str, found))[:500]
         raise DataError(f"{data_dir}: {len(found)} files could be {name}: {listed}; point --data-dir at one")
-    pickles = [str(path.relative_to(root)) for path in sorted(root.rglob("*.pkl"))]
+    below = files_below(root)
+    pickles = [str(path.relative_to(root)) for path in below if path.suffix == ".pkl"]
     listed = ", ".join(pickles)[:300] or "no .pkl file"
+    arrays = sum(path.suffix == ".npy" for path in below)
+    if arrays > 0:
+        listed += f", but {arrays} .npy"
+        advice = f"{name} is to be a pickled list of rows made of them, {ROW_OF_FILES}; {advice}"
     if split == "valid":
         advice += NO_VALID
     raise DataError(f"{data_dir}: {name} was not found in or below this folder, where there is {listed}; "
@@ -532,7 +543,7 @@ def find_data(task: Task, data_dir, split: str, fetch: bool = False) -> Path:
 def candidates(task: Task, root: Path, split: str) -> list:
     """The files in or below `root` that may be the published one of a split."""
     published = root / task.files[split]
-    if published.is_file():
+    if os.path.isfile(published):
         return [published]
     # MOSI's and MOSEI's files have one last name: the nearest folder named like one of the two decides.
     names = [task.name]
@@ -540,10 +551,28 @@ def candidates(task: Task, root: Path, split: str) -> list:
         if Path(other.files[split]).name == published.name:
             names.append(other.name)
     found = []
-    for path in sorted(root.rglob(published.name)):
+    for path in files_below(root):
+        if path.name != published.name or not path.is_file():       # a folder, say, or a FIFO
+            continue
         named = re.findall("|".join(names), str(path.absolute()).lower())
         if not named or named[-1] == task.name:
             found.append(path)
+    return found
+
+
+def files_below(root: Path) -> list:
+    """What is in `root` and the folders below it, links to folders, too; each folder once, so that circles
+    end. A folder that may not be read is passed over."""
+    found = []
+    seen = set()
+    for folder, inner, names in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:
+            inner.clear()
+            continue
+        seen.add(real)
+        inner.sort()
+        found += [Path(folder, name) for name in sorted(names)]
     return found
 
 
@@ -565,15 +594,10 @@ def main(argv=None) -> int:
         splits = {split: read_split(task, file, split) for split, file in files.items()}
         n = check(task, files, splits, tokenizer)
     except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(printable(f"error: {error}"), file=sys.stderr)
         return 2
     return 1 if n > 0 else 0
 
 
 if __name__ == "__main__":
-    stop_on_signals()
-    try:
-        sys.exit(main())
-    except Stopped as stopped:
-        print(stopped, file=sys.stderr)
-        sys.exit(stopped.exit_code)
+    run_program(main)

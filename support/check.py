@@ -9,25 +9,52 @@ from collections import Counter, defaultdict
 
 import numpy as np
 
-from support.files import DataError
+from support.files import DataError, printable
 
 FEATURES = ("audio", "video")       # the modalities beside the text
 # Text that was written in one encoding and read in another ("cafÃ©" for "café"), or a spreadsheet's "nan".
 WRONG_TEXT = re.compile(r"[\x80-\x9f\ufffd]|â[€„]|[ÂÃ][\xa0-\xbf]|ðŸ|([ã-é][\xa0-\xbf]{2}){2}|^([nN]a[nN])$")
 SHOWN = 10                          # problems of one kind in one split; the others are only counted
+WIDEST = 65536                      # features of a frame: more of them are pixels, or a mistake
 
 
 def check_task(task, family: str = "llama"):
     """Raise DataError for an entry of TASKS with which no run could go on to its end."""
-    has_range = len(task.range) == 2
+    has_range = isinstance(task.range, (tuple, list)) and len(task.range) == 2
     if bool(task.labels) == has_range:
         raise DataError(f"task {task.name}: labels {task.labels!r:.80}, range {task.range!r:.80}; expected "
                         "one of the two in TASKS: class names, or the least and the largest intensity")
+    if has_range:
+        check_range(task)
+    else:
+        check_labels(task)
     try:
         task.wording(family)
     except KeyError as error:
         raise DataError(f"task {task.name}: data.py has no words for {error}; add this language to TAG, and "
                         "to prompts and lead of each family") from None
+
+
+def check_range(task):
+    """Raise DataError unless the range gives at least two intensities, and no more than can be tried."""
+    low, high = task.range
+    numbers = isinstance(low, (int, float)) and isinstance(high, (int, float))
+    if not numbers or not -1000 <= low < high <= 1000 or len(task.values()) < 2:
+        raise DataError(f"task {task.name}: range {task.range!r:.80}; expected two numbers in rising order, "
+                        "at least 0.1 apart and within -1000 to 1000; scale the labels so that they fit")
+
+
+def check_labels(task):
+    """Raise DataError unless the labels are a tuple of different names, as people write them."""
+    names = task.labels
+    if not isinstance(names, (tuple, list)) or len(names) < 2:
+        raise DataError(f"task {task.name}: labels {names!r:.80}; expected at least two class names in "
+                        'brackets, ("joy", "anger")')
+    for i, name in enumerate(names):
+        if not isinstance(name, str) or not name.isprintable() or not name.strip():
+            raise DataError(f"task {task.name}: the label {name!r:.80}; expected a name, as a text in quotes")
+        if name in names[:i]:
+            raise DataError(f"task {task.name}: the label {name!r:.80} twice; name each class once")
 
 
 # --- What is wrong with a row -------------------------------------------------------------------------------
@@ -97,9 +124,14 @@ def unusable_features(kind: str, x, length, width: int) -> str:
     """What a row has instead of frames of this width and their number; "" if it is fine."""
     if not is_features(x):
         found = f"{x!r:.60}"
+        advice = ""
         if isinstance(x, np.ndarray):
             found = f"{x.dtype} {x.shape}"
-        return f"{kind} that is {found}; expected numbers (frames, features)"
+            if x.ndim == 1:
+                advice = "; x[None] makes one frame of a vector"
+        return f"{kind} that is {found}; expected numbers (frames, features){advice}"
+    if x.shape[1] > WIDEST:
+        return f"{x.shape[1]:,} {kind} features; expected at most {WIDEST:,} of a frame"
     if x.shape[1] != width:
         return f"{x.shape[1]} {kind} features; expected {width}, as most rows"
     if not isinstance(length, int) or length < 0:
@@ -119,7 +151,7 @@ def check(task, files: dict, splits: dict, tokenizer=None) -> int:
     published = False               # is it the very file that was published? It has odd values and doubles
     for split, data in splits.items():
         count = beside(len(data), task.rows.get(split))
-        print(f"{split}: {count} rows in {files[split]}")
+        print(printable(f"{split}: {count} rows in {files[split]}"))
         if task.sha256 and not usable:          # once: all splits are in one file
             content = np.memmap(files[split], mode="r")
             published = hashlib.sha256(content).hexdigest() == task.sha256
@@ -142,7 +174,7 @@ def check(task, files: dict, splits: dict, tokenizer=None) -> int:
     for (split, name), rows in found.items():
         n += len(rows)
         for row, has in rows[:SHOWN]:
-            print(f"problem: {split} row {row} has {has}")
+            print(printable(f"problem: {split} row {row} has {has}"))
         if len(rows) > SHOWN:
             print(f"problem: {len(rows) - SHOWN:,} more such rows of {split} ({name})")
     note = ", rows counted from 0" if n > 0 else ""
@@ -167,7 +199,7 @@ def describe(task, data, rows: list, tokenizer):
     for has, n in data.oddities.items():
         print(f"  remark   {n} rows have {has}")
     unused = ", ".join(data.unused) or "nothing else is in the file"
-    print(f"  unused   {unused}")
+    print(printable(f"  unused   {unused:.300}"))
     describe_labels(task, [task.number(data.label[row]) for row in rows])
 
 
@@ -188,8 +220,8 @@ def describe_features(task, data, kind: str, rows: list):
     lengths = []
     zero = 0                        # rows that have frames, all of them zero
     low, high = math.inf, -math.inf
-    n = 0                           # numbers in all frames; their sum, and that of their squares
-    total = 0.0
+    n = 0                           # frames; the sums of each column, and of its squares: (D,)
+    sums = 0.0
     squares = 0.0
     for row in rows:
         x = getattr(data, kind)[row]
@@ -203,16 +235,16 @@ def describe_features(task, data, kind: str, rows: list):
             zero += 1
         low = min(low, x.min())
         high = max(high, x.max())
-        n += x.size
-        total += x.sum()
-        squares += (x * x).sum()
+        n += len(x)
+        sums = sums + x.sum(axis=0)
+        squares = squares + (x * x).sum(axis=0)
 
     shape = f"{min(shapes)}"
     if len(shapes) > 1:
         shape = f"{min(shapes)} to {max(shapes)}"
-    width = getattr(task, f"{kind}_dim")
+    width = getattr(task, f"{kind}_dim", 0)
     published = ""
-    if width > 0:                   # 0: nothing is published
+    if width > 0:                   # else nothing is published
         frames = getattr(task, f"{kind}_len")
         published = f"({frames}, {width})"
     missing = lengths.count(0)
@@ -223,10 +255,25 @@ def describe_features(task, data, kind: str, rows: list):
         return
     if zero == len(rows) - missing:
         print(f"  remark   {kind} is zero in every row that has it")
-    mean = total / n
-    variance = squares / n - mean ** 2
-    std = math.sqrt(max(0, variance))       # rounding may leave it a little below 0
+    describe_scales(kind, low, high, sums / n, squares / n)
+
+
+def describe_scales(kind: str, low, high, means, squares):
+    """Print the statistics of all numbers. means, squares (D,): of each column, and of its squares."""
+    mean = means.mean()
+    std = deviation(squares.mean(), mean)
     print(f"           {low:.3g} to {high:.3g}, mean {mean:.3g}, std {std:.3g}")
+    stds = deviation(squares, means)
+    widest = stds.argmax()
+    varied = stds[stds > 0.001]             # others are constant, but for rounding
+    if stds[widest] > 10 and varied.min() < stds[widest] / 5:
+        print(f"  remark   {kind} has very unlike scales: std {stds[widest]:.3g} in column {widest}, "
+              f"{varied.min():.3g} in another; standardise each column by its mean and std in train")
+
+
+def deviation(squares, mean):
+    """The standard deviation, from the means of the squares and of the numbers."""
+    return np.sqrt(np.maximum(0, squares - mean ** 2))      # rounding may leave it a little below 0
 
 
 def describe_labels(task, numbers: list):
@@ -254,13 +301,12 @@ def doubles(task, splits: dict, usable: dict) -> list:
         id_splits.update({data.id[row] for row in rows if data.id[row] != str(row)})    # the file's own ids
         for row in rows:
             text = data.text[row]
-            audio = data.frames("audio", row)
-            video = data.frames("video", row)
-            content = hash((text, data.label[row], audio.tobytes(), video.tobytes()))
+            features = [data.frames(kind, row) for kind in FEATURES]
+            content = hash((text, data.label[row], *[x.tobytes() for x in features]))
             before, twin = first.setdefault(content, (split, row))
             if before == split:
                 continue
-            if not audio.any() and not video.any():     # without features it is only a text
+            if not any(x.any() for x in features):      # without features it is only a text
                 continue
             if text in task.twins:
                 known += 1

@@ -78,7 +78,7 @@ class PickleMachine:
         self.data = data
         self.memo = {}
         self.stacks = [[]]
-        self.budget = (32 << 20) + 24 * len(data)               # bytes of memory: plain data needs less
+        self.budget = (8 << 20) + 24 * len(data)                # bytes of memory: plain data needs less
 
     def spend(self, cost):
         self.budget -= cost
@@ -131,6 +131,8 @@ class PickleMachine:
                 n = int.from_bytes(data.read(LENGTH[name]), "little")
                 data.seek(n, os.SEEK_CUR)                       # raises beyond the end
                 raw = memoryview(data)[data.tell() - n:data.tell()]
+                if "UNICODE" not in name:
+                    self.spend(200)                             # the view itself
                 push(str(raw, "utf-8") if "UNICODE" in name else raw)
             case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT" | "SHORT_BINBYTES":
                 push(op.arg.reader(data))
@@ -149,6 +151,7 @@ class PickleMachine:
             case "GLOBAL":
                 push(Named(op.arg.reader(data).replace(" ", ".")))
             case "STACK_GLOBAL":
+                self.spend(len(items[0]) + len(items[1]))
                 push(Named(".".join(items)))
             case "REDUCE" | "BUILD":
                 push(self.make(*items))
@@ -185,11 +188,17 @@ class PickleMachine:
     def array(self, raw, dtype, shape, fortran, axes=None):
         self.spend(8 * len(raw))
         if dtype.hasobject:     # a list in C order, whatever the array's order
+            if not raw:         # of whatever shape: (10**10, 0) would be very many lists
+                return []
             return np.fromiter(raw, dtype, len(raw)).reshape(shape).tolist()
         if dtype.kind == "U":   # raises if it is no text
             str(raw, "utf-32-be" if dtype.str[0] == ">" else "utf-32-le")
         array = np.frombuffer(raw, dtype).reshape(shape, order="F" if fortran else "C")
-        return array if axes is None else array.transpose(axes)
+        if axes is not None:
+            array = array.transpose(axes)
+        if array.size == 0:     # (10**10, 0) has no bytes, but rows
+            self.spend(128 * len(array))
+        return array
 
     def check(self, x, depth=16):
         """Nothing unfinished or cyclic is left, nor parts shared so often that a walk would not end."""
@@ -199,7 +208,13 @@ class PickleMachine:
         if depth == 0:
             raise DataError("has containers more than 16 deep")
         parts = ()
-        if type(x) is dict:
+        if type(x) in (bytes, memoryview):
+            self.spend(len(x))              # whoever reads it as text makes a copy
+        elif type(x) is np.ndarray and x.dtype.kind in "SU":
+            self.spend(x.nbytes)
+        elif type(x) is np.ndarray:
+            self.spend(x.nbytes // 32)      # one array of zeros may stand for all that is missing
+        elif type(x) is dict:
             parts = x.values()              # its keys are text
         elif type(x) in (list, tuple):
             parts = x

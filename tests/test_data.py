@@ -1,5 +1,6 @@
 """Data sets in both layouts and every spelling; batches; odd values; the check; finding and fetching files."""
 import hashlib
+import os
 import pickle
 import re
 import subprocess
@@ -247,7 +248,8 @@ FAULTS = {          # what a row holds instead, and what is said of it
     "texts": (dict(text=np.array(["a", "b"])), r"a text that is array\(\['a', 'b'\], .*\); expected a string"),
     "width": (dict(audio=np.zeros((6, 4), "f4")), "4 audio features; expected 5, as most rows"),
     "no width": (dict(audio=np.zeros((6, 0), "f4")), r"audio that is float32 \(6, 0\); expected numbers"),
-    "one axis": (dict(video=np.zeros(3, "f4")), r"video that is float32 \(3,\); expected numbers"),
+    "one axis": (dict(video=np.zeros(3, "f4")), r"video that is float32 \(3,\); .*; x\[None\] makes one frame"),
+    "too wide": (dict(video=np.zeros((0, 65537), "f4")), "65,537 video features; expected at most 65,536 of a frame"),
     "words": (dict(video=np.array([["a"]])), r"video that is <U1 \(1, 1\); expected numbers"),
     "lists": (dict(video=[[1.0]]), r"video that is \[\[1.0\]\]; expected numbers"),
     "no video": (dict(video=None), "video that is None; expected numbers"),
@@ -345,6 +347,8 @@ REMARKS = {         # what is done to a table, and what is said of it; the check
     "long lengths": (lambda table: table.update(vision_lengths=[7, 9, 6, 6, 6, 6, 6]), 2,
                      "a video length above its frames, all of which are read"),
     "zeros": (lambda table: table.update(vision=np.zeros((7, 6, 3), "f4")), 0, "video is zero in every row"),
+    "scales": (lambda table: np.multiply(table["vision"], [1, 1000, 0], out=table["vision"]), 0,
+               "video has very unlike scales: std "),
 }
 
 
@@ -358,6 +362,19 @@ def test_remarks(tmp_path, capsys, case):
     ours = load_split(task, tmp_path, "train")
     assert capsys.readouterr().err == (f"simsv2 train: {n} rows have {says}\n" if n else "")
     assert ours.video_len == [6] * 7 if case == "long lengths" else len(ours) == 7
+
+
+def test_the_remark_on_scales(tmp_path, capsys):
+    """Raw Hertz beside standardised columns; large numbers alone, or beside a constant column, are no remark."""
+    task = TASKS["mosi"]
+    splits = make_splits(task, "table", audio_dim=4, video_dim=3)
+    splits["train"]["audio"] = np.tile([[1.0, 1, 1, 520], [-1, -1, -1, 480]], (7, 3, 1))
+    splits["train"]["audio_lengths"] = [6] * 7
+    splits["test"]["vision"] = splits["test"]["vision"] * 100
+    splits["test"]["vision"][..., 2] = 500
+    code, out, _ = check(capsys, "mosi", "--data-dir", write(tmp_path, task, splits))
+    assert code == 0 and out.count("unlike") == 1 and out.index("unlike") < out.index("valid: ")
+    assert "audio has very unlike scales: std 20 in column 3, 1 in another; standardise each column by its mean" in out
 
 
 @pytest.mark.parametrize("split, row", [("train", 0), ("train", 6), ("test", 1)])
@@ -379,6 +396,60 @@ def test_clean_leaves_the_file_alone():
     x.flags.writeable = False
     assert clean(x).tolist() == [[1, 0]] and np.isnan(x[0, 1])
     assert clean(np.array([[True, False]])).dtype == np.float32
+
+
+def test_a_file_cannot_write_to_the_terminal(tmp_path, capsys):
+    """Nor make up lines: escape sequences in keys, labels, texts and names of folders are shown, not obeyed."""
+    task, folder = TASKS["meld"], tmp_path / "\x1b[2Jx"
+    splits = make_splits(task, audio_dim=5, video_dim=3)
+    splits["train"][0]["\x1b[31mred\nmeld: 0 problems"] = 1
+    splits["train"][1]["label"] = "\x1b[31mjoy"
+    code, out, err = check(capsys, "meld", "--data-dir", write(folder, task, splits))
+    assert code == 1 and r"\x1b[2Jx/MELD/meld_train.pkl" in out and r"unused   \x1b[31mred meld: 0 problems" in out
+    code, out_of_none, err = check(capsys, "mosi", "--data-dir", folder)
+    assert code == 2 and r"\x1b[2Jx: MOSI/Processed/unaligned_50.pkl was not found" in err
+    assert "\x1b" not in out + out_of_none + err
+
+
+def test_what_is_not_used_takes_no_room():
+    """Rows of a thousand different keys are no table of a million cells."""
+    table = data.table_of([{"label": "joy", f"note {i}": i, "features": {"text": "a"}} for i in range(1000)])
+    assert table["label"] == ["joy"] * 1000 and table["note 7"] is None and len(table) == 1000 + len(data.FIELDS)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tasks of one's own
+
+
+TASKS_THAT_CANNOT_BE = {    # what stands in an entry of TASKS, and what is said of it
+    "twice": (dict(labels=("joy", "anger", "joy")), "the label 'joy' twice; name each class once"),
+    "no comma": (dict(labels=("joy")), r"labels 'joy'; expected at least two class names in brackets, \(\"joy\", "),
+    "one class": (dict(labels=("joy",)), "at least two class names"),
+    "numbers": (dict(labels=(0, 1)), "the label 0; expected a name, as a text in quotes"),
+    "no name": (dict(labels=("joy", " ")), "the label ' '; expected a name"),
+    "two lines": (dict(labels=("joy", "an\nger")), r"the label 'an\\nger'; expected a name"),
+    "neither": ({}, r"labels \(\), range \(\); expected one of the two"),
+    "both": (dict(labels=("a", "b"), range=(0, 1)), "expected one of the two"),
+    "one end": (dict(range=(3,)), "expected one of the two"), "no pair": (dict(range=3), "expected one of the two"),
+    "falling": (dict(range=(1.0, -1.0)), "range .*; expected two numbers in rising order"),
+    "narrow": (dict(range=(0.0, 0.04)), "at least 0.1 apart"), "nan": (dict(range=(0.0, float("nan"))), "expected two"),
+    "wide": (dict(range=(0, 10**9)), "within -1000 to 1000; scale"), "endless": (dict(range=(0, 1e400)), "within"),
+    "words": (dict(range=("0", "1")), r"range \('0', '1'\); expected two numbers"),
+    "another language": (dict(labels=("a", "b"), language="de"), "no words for 'de'; add this language to TAG"),
+}
+
+
+@pytest.mark.parametrize("case", TASKS_THAT_CANNOT_BE)
+def test_a_task_that_cannot_be_is_told(case):
+    entry, says = TASKS_THAT_CANNOT_BE[case]
+    with pytest.raises(DataError, match=f"task mine: .*{says}"):
+        support.check.check_task(data.Task("mine", **entry))
+
+
+def test_tasks_that_can_be():
+    for task in (*TASKS.values(), data.Task("a", labels=["gut", "schlecht"]), data.Task("b", range=(0, 100)),
+                 data.Task("c", labels=("joy", "Joy", "not so happy")), data.Task("d", range=(0.2, 0.4))):
+        support.check.check_task(task)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -600,6 +671,61 @@ def test_files_are_found_anywhere_below(tmp_path, monkeypatch):
         find_data(mosei, tmp_path, "train")
 
 
+def test_links_to_folders_are_followed_and_circles_end(tmp_path):
+    meld, root, disk = TASKS["meld"], tmp_path / "root", tmp_path / "disk"
+    touch(disk / "deep" / "meld_test.pkl", root / "a" / "notes.txt")
+    (root / "a" / "sets").symlink_to(disk)
+    (disk / "deep" / "round").symlink_to(root)
+    (disk / "self").symlink_to(disk / "self")
+    assert find_data(meld, root, "test") == root / "a" / "sets" / "deep" / "meld_test.pkl"
+    with pytest.raises(DataError, match="where there is a/sets/deep/meld_test.pkl; "):
+        find_data(meld, root, "train")
+    (tmp_path / "link").symlink_to(root)
+    assert find_data(meld, tmp_path / "link", "test").samefile(disk / "deep" / "meld_test.pkl")
+    (disk / "deep" / "round").unlink()
+    (root / "again").symlink_to(disk)                       # a second way to the same file is no second file
+    assert find_data(meld, root, "test") == root / "a" / "sets" / "deep" / "meld_test.pkl"
+
+
+@pytest.mark.skipif(not hasattr(os, "seteuid"), reason="permissions of POSIX")
+def test_folders_that_may_not_be_read_are_passed_over(tmp_path, monkeypatch):
+    touch(tmp_path / "MELD" / "meld_test.pkl", tmp_path / "b" / "meld_test.pkl")
+    (tmp_path / "MELD").chmod(0)
+    tmp_path.chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    me = os.geteuid()
+    if me == 0:                                             # who may read everything
+        os.seteuid(65534)
+    try:
+        assert find_data(TASKS["meld"], ".", "test") == Path("b", "meld_test.pkl")
+    finally:
+        os.seteuid(me)
+        (tmp_path / "MELD").chmod(0o755)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="FIFOs of POSIX")
+def test_what_is_no_file_is_no_data(tmp_path):
+    """A FIFO would wait for its other end."""
+    (tmp_path / "MELD" / "meld_train.pkl").mkdir(parents=True)
+    os.mkfifo(tmp_path / "meld_train.pkl")
+    with pytest.raises(DataError, match="meld_train.pkl was not found"):
+        find_data(TASKS["meld"], tmp_path, "train")
+    touch(tmp_path / "c" / "meld_train.pkl")
+    assert find_data(TASKS["meld"], tmp_path, "train") == tmp_path / "c" / "meld_train.pkl"
+
+
+def test_who_brings_own_data_is_sent_to_the_page_and_not_to_others_data(tmp_path):
+    mine = data.Task("mine", labels=("gut", "schlecht"))
+    with pytest.raises(DataError) as error:
+        find_data(mine, tmp_path, "train")
+    assert 'mine_train.pkl was not found' in str(error.value) and 'says under "Your own data"' in str(error.value)
+    assert "MMSA" not in str(error.value) and ".npy" not in str(error.value)
+    touch(tmp_path / "audio" / "1.npy", tmp_path / "audio" / "2.npy")
+    with pytest.raises(DataError, match=r"no .pkl file, but 2 .npy; mine_train.pkl is to be a pickled list of rows "
+                       r'made of them, {"label": y, "features": {"text": x, "audio": np.load\(A\), .*"Your own data"'):
+        find_data(mine, tmp_path, "train")
+
+
 @pytest.mark.parametrize("mosi, mosei", [
     ("MOSI/Processed", "MOSEI/Processed"), ("CMU-MOSI", "CMU-MOSEI/x"), ("x/MOSI/Processed", "y/MOSEI"),
     ("MOSI", "MOSI/MOSEI"), ("MOSEI/MOSI/Processed", "MOSEI/Processed"), ("mosi", "cmu_mosei")])
@@ -628,7 +754,7 @@ def test_folders_come_before_the_hub(tmp_path):
     find_llm(tmp_path, fetch=True)                                # what is here is not fetched
     touch(*(tmp_path / name for name in TASKS["meld"].files.values()))
     fetch_all(TASKS["meld"], tmp_path)
-    with pytest.raises(DataError, match="a/b: no such backbone, .* --llm a/b --download, or: hf download a/b"):
+    with pytest.raises(DataError, match="a/b: no such backbone, .* with --llm, or get it: hf download a/b"):
         find_llm("a/b")
 
 
@@ -651,10 +777,11 @@ def hub(tmp_path, monkeypatch):
         if not local_files_only:
             if hub.error:
                 raise hub.error
-            inner = {name for name in hub.there if ignore_patterns and fnmatch(name, ignore_patterns)}
-            new = [name for name in hub.there if any(fnmatch(name, pattern) for pattern in allow_patterns)]
-            hub.asked += [f"{repo_type} {repo} {name}" for name in new if name not in inner]
-            touch(*(hub.cache / name for name in new if name not in inner))
+            for name in hub.there:
+                ignored = any(fnmatch(name, pattern) for pattern in ignore_patterns or ())
+                if not ignored and any(fnmatch(name, pattern) for pattern in allow_patterns):
+                    hub.asked.append(f"{repo_type} {repo} {name}")
+                    touch(hub.cache / name)
         return str(hub.cache)
 
     monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(snapshot_download=snapshot_download))
@@ -662,7 +789,8 @@ def hub(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("weights, fetched", [
-    (["model.safetensors", "pytorch_model.bin", "onnx/model.safetensors"], ["model.safetensors"]),
+    (["model.safetensors", "pytorch_model.bin", "onnx/model.safetensors", "consolidated.safetensors"],
+     ["model.safetensors"]),
     (["pytorch_model.bin", "onnx/model.bin"], ["pytorch_model.bin"])])
 def test_a_backbone_is_fetched_without_code_and_with_weights_of_one_format(hub, weights, fetched):
     small = ["config.json", "qwen.tiktoken", "tokenizer.model", "merges.txt"]
