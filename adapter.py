@@ -269,7 +269,7 @@ def identity(llm, tokenizer, task, official: bool) -> dict:
     mode = "official" if official else "default"
     if needs_end(task.wording(c.family, official), tokenizer, official):
         mode = "default, an end token behind each label"
-    return {"format": "mse-adapter 1", "backbone": backbone, "task": task.name, "mode": mode}
+    return {"format": "mse-adapter 2", "backbone": backbone, "task": task.name, "mode": mode}
 
 
 def adapter_bytes(net: MultimodalLLM) -> bytes:
@@ -291,7 +291,8 @@ def load_adapter(path, llm, tokenizer, task, official: bool = False) -> Multimod
     tensors, meta = read_tensors(path)
     for key, here in identity(llm, tokenizer, task, official).items():
         if meta.get(key) != here:
-            raise AdapterError(f"{path}: the adapter's {key} is {meta.get(key)!r:.200}, but here {here!r}")
+            raise AdapterError(f"{path}: the adapter's {key} is {meta.get(key)!r:.200}, but here {here!r}; "
+                               "load it with what it was made for, or train again")
     try:
         with torch.device("meta"):                              # no memory, whatever sizes the file names
             adapter = MSEAdapter(AdapterConfig(**meta["config"]))
@@ -308,6 +309,8 @@ def load_adapter(path, llm, tokenizer, task, official: bool = False) -> Multimod
 def read_tensors(path) -> tuple[dict, dict]:
     """The tensors and the metadata of a file of save_adapter. Raises AdapterError if it is none."""
     try:
+        if not Path(path).is_file():            # a pipe would be waited for
+            raise OSError("no file is there")
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name).clone() for name in list(file.keys())}
             return tensors, dict(json.loads(file.metadata()["mse-adapter"]))

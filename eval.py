@@ -5,9 +5,16 @@
     python eval.py RUN --text "Oh, great." --audio a.npy --video v.npy      one clip; --json for programs
     python eval.py RUN --ask "Once upon"    the frozen backbone's plain text
     python eval.py RUN --check-backbone     its logits with and without the adapter, bit by bit
+    python eval.py --compare runs/*         runs by their validation score, with what differs between them
+
+From Python:
+
+    net = load_run("runs/demo-llm/1111")
+    for answer in predict(net, ["Oh, great."], audio=[a], video=[v]):     # arrays (frames, features), or None
+        print(answer["label"], answer["probability"])
 """
 import argparse
-import json
+import hashlib
 import re
 import sys
 from dataclasses import dataclass, replace
@@ -20,15 +27,15 @@ import torch
 from tqdm import tqdm
 
 from adapter import AdapterError, MultimodalLLM, load_adapter
-from data import HERE, SPLITS, TASKS, Split, Task
+from data import FEATURES, HERE, SPLITS, TASKS, Split, Task
 from data import collate, find_llm, load_split, load_tokenizer, share_of, some_rows
 from model import CheckpointError, KVCache, load_llm
 from reports import backbone
-from reports.clip import clip_report, clip_row, clip_text
-from reports.clip import feature_range  # noqa: F401  (train.py writes it into a run's folder)
-from reports.tables import aligned, in_words, side_by_side, truth_table, write_results
-from support.files import UserError, read_json
-from support.guards import Stopped, check_device, stop_on_signals
+from reports.clip import answers, clip_row, clip_text, clips
+from reports.tables import aligned, comparison, in_names, in_words, read_record, side_by_side, truth_table
+from reports.tables import write_results
+from support.files import UserError, json_bytes, printable, read_json
+from support.guards import check_device, run_program
 
 # --- Answers: the LLM's text -> a number, or None -----------------------------------------------------------
 CLASS = r"[0-9]+"                       # not \d, which takes "٣" too
@@ -235,6 +242,7 @@ def bootstrap(metric, pred, true, seed: int = 0, draws: int = 1000) -> dict:
 # --- What a split's answers score ---------------------------------------------------------------------------
 DECODE = ("greedy", "labels")           # what the LLM writes, as in the paper, or the labels' probabilities
 READOUT = ("mean", "median", "mode")    # of those, for intensities; a class is always the most probable
+DTYPES = ("auto", "float32", "bfloat16", "float16", "int8")
 
 
 @dataclass
@@ -274,6 +282,13 @@ class Result:
     def moments(self) -> np.ndarray:
         """Mean and standard deviation of each row's intensity, (2, rows), if labels were scored."""
         return moments(self.probabilities, self.task)
+
+    def picture(self) -> dict:
+        """What reports/pictures.py draws of the answers."""
+        if self.task.labels:
+            return {"names": self.task.labels, "counts": self.counts()}
+        low, high = self.task.range
+        return {"low": low, "high": high, "true": self.true, "pred": self.pred}
 
     def line(self) -> str:
         """As "accuracy 0.5000, weighted f1 0.4500, macro f1 0.4000, unparsed 1/4, out of range 0/4"."""
@@ -495,39 +510,40 @@ def alarms(result: Result) -> list[str]:
 # --- What the modalities are worth --------------------------------------------------------------------------
 def variants(split: Split) -> dict:
     """The split as it is, with modalities missing, with one's features in other rows, and without text."""
-    missing = [0] * len(split)          # a length of 0: see SequenceEncoder
+    parts = {"all": split}
+    groups = [[kind] for kind in FEATURES]
+    for kinds in [*groups, FEATURES]:           # each alone, and all of them
+        missing = {f"{kind}_len": [0] * len(split) for kind in kinds}       # length 0: see SequenceEncoder
+        parts["without " + " and ".join(kinds)] = replace(split, **missing)
     order = np.random.RandomState(0).permutation(len(split))
     moved = some_rows(split, order)
-    return {
-        "all": split,
-        "without audio": replace(split, audio_len=missing),
-        "without video": replace(split, video_len=missing),
-        "without audio and video": replace(split, audio_len=missing, video_len=missing),
-        "audio shuffled": replace(split, audio=moved.audio, audio_len=moved.audio_len),
-        "video shuffled": replace(split, video=moved.video, video_len=moved.video_len),
-        "text empty": replace(split, text=[""] * len(split)),
-    }
+    for kind in FEATURES:
+        shuffled = {name: getattr(moved, name) for name in (kind, f"{kind}_len")}
+        parts[f"{kind} shuffled"] = replace(split, **shuffled)
+    parts["text empty"] = replace(split, text=[""] * len(split))
+    return parts
 
 
 def one_clip(net: MultimodalLLM, row: Split) -> dict:
-    """The answer to a split of one row by label scoring, greedily, and again without each part."""
-    results = {}
+    """`predict` of a split of one row, with the greedy answer, and as "changes" again without each part."""
+    missing = [kind for kind in FEATURES if getattr(row, f"{kind}_len")[0] == 0]
+    changes = {}
     for name, part in variants(row).items():
-        if "shuffled" not in name:          # one row has no other's features to take
-            results[name] = evaluate(net, part, 1, "labels")
-    report = clip_report(results, net.task)
-    report["greedy"] = evaluate(net, row, 1).answers[0]
-    return report
+        shuffled = "shuffled" in name       # one row has no other's features to take
+        if not shuffled and not any(kind in name for kind in missing):
+            changes[name] = answers(evaluate(net, part, 1, "labels"))[0]
+    report = changes.pop("all")
+    greedy = evaluate(net, row, 1)
+    report["greedy"] = in_names(net.task, greedy.values)[0]
+    report["written"] = greedy.answers[0]
+    return report | {"changes": changes}
 
 
-def ablation(net: MultimodalLLM, split: Split, size: int, decode="greedy", readout="mean") -> list[str]:
-    """One line per modality dropped from the same trained model, and for both."""
-    lines = []
+def ablation(net: MultimodalLLM, split: Split, size: int, decode="greedy", readout="mean"):
+    """Yields (name, Result) for each modality dropped from the same trained model, and for both."""
     for name, part in variants(split).items():
         if name.startswith("without"):
-            result = evaluate(net, part, size, decode, readout)
-            lines.append(f"test {name}: {result.line()}")
-    return lines
+            yield name, evaluate(net, part, size, decode, readout)
 
 
 def ablation_table(results: dict) -> str:
@@ -576,9 +592,27 @@ CHOICES = {
     "decode": DECODE,
     "readout": READOUT,
     "eval_batch": range(1, 2**32),
-    "dtype": ("float32", "bfloat16", "float16"),
+    "dtype": DTYPES[1:],
     "seed": range(2**32),
 }
+
+
+def code_digests() -> dict:
+    """{file: digest} of the code that shapes a run; what only prints and draws is left out."""
+    digests = {}
+    for file in sorted([*HERE.glob("*.py"), *HERE.glob("support/*.py")]):
+        name = file.relative_to(HERE).as_posix()
+        digests[name] = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+    return digests
+
+
+def edited(settings: dict) -> list[str]:
+    """The files of code that are not any more what they were when a run began."""
+    began = settings.get("code")
+    if not isinstance(began, dict):
+        return ["its version"]
+    now = code_digests()                # a file that is new here matters only if one of the others uses it
+    return [name for name, digest in began.items() if now.get(name) != digest]
 
 
 def read_settings(file: Path) -> dict:
@@ -599,6 +633,40 @@ def read_settings(file: Path) -> dict:
         if not fits:
             raise UserError(f"{file}: {key} is {value!r:.80}, which no run writes; copy the file again")
     return settings
+
+
+def load_backbone(settings: dict, device=None, llm=None):
+    """A run's backbone and tokenizer; llm: its folder, if it was moved."""
+    device = device or settings["device"]
+    check_device(device)
+    path = find_llm(llm or settings["llm"] or TASKS[settings["data"]].llm)
+    dtype = getattr(torch, settings["dtype"])
+    return load_llm(path, device, dtype), load_tokenizer(path)
+
+
+def load_run(folder, device=None, llm=None) -> MultimodalLLM:
+    """The net of a run of train.py, OUT/SEED, with its best adapter, ready to answer.
+
+    device: "cpu", "cuda", ..., by default the run's. llm: where the backbone lies now, if it was moved.
+    Raises UserError, CheckpointError or AdapterError if something is missing or not the run's.
+    """
+    folder = Path(folder)
+    settings = read_settings(folder / "settings.json")
+    frozen, tokenizer = load_backbone(settings, device, llm)
+    task = TASKS[settings["data"]]
+    return load_adapter(folder / "adapter.safetensors", frozen, tokenizer, task, settings["official"])
+
+
+def predict(net: MultimodalLLM, texts: list, audio=None, video=None) -> list[dict]:
+    """What clips are answered by label scoring, a dict each: "label" (a class's name, or the intensity as
+    written), its "probability", and "probabilities" {label: p}; of intensities also "mean" and "std".
+
+    audio, video: for each text an array (frames, features) like those of training, or None where it is
+    missing; None: of all. Raises UserError for other shapes.
+    """
+    if not texts:
+        return []
+    return answers(evaluate(net, clips(net, texts, audio, video), 32, "labels"))
 
 
 def read_rows(task: Task, settings: dict, args) -> Split:
@@ -624,32 +692,55 @@ def score_split(net: MultimodalLLM, split: Split, run: Path, settings: dict, arg
     best = "unknown"
     record = run / "results.json"
     if record.is_file():
-        best = read_json(record).get("best_epoch")
+        best = printable(str(read_json(record).get("best_epoch")))
     print(f"{args.split} (best epoch {best}): {first.line()}")
     for alarm in alarms(first):
         print(alarm)
-    print(f"\n{side_by_side(results)}\n\n{name}:\n{first.table()}\n")
-    write_results(run, split, results, f"-{args.split}")        # the run's own record, without ending, stays
-    print(f"wrote {run}/metrics-{args.split}.json and predictions-{args.split}.csv")
+    print(f"\n{side_by_side(results)}\n\n{name}:\n{first.table()}\n", flush=True)
+    out = args.out or run
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_results(out, split, results, f"-{args.split}")    # the run's own record, without ending, stays
+        print(f"wrote {out}/metrics-{args.split}.json and predictions-{args.split}.csv")
+    except OSError as error:
+        if args.out:
+            raise
+        # The run's folder may be another's, who lets us read it.
+        print(f"nothing was written: {error}; --out FOLDER takes the files", file=sys.stderr)
 
 
-def answer_clip(net: MultimodalLLM, args) -> str:
+def answer_clip(net: MultimodalLLM, run: Path, args) -> str:
     """What is found of the clip on the command line, for people or as JSON."""
     paths = {"audio": args.audio, "video": args.video}
-    ranges = read_json(args.run / "features.json")
+    ranges = read_json(run / "features.json")
     row, notes = clip_row(net, args.text, paths, ranges)
     report = one_clip(net, row)
     report["notes"] = notes
     if args.json:
-        return json.dumps(report, ensure_ascii=False, indent=1)
+        return json_bytes(report, indent=1).decode()
     return clip_text(report)
+
+
+def compare(folders: list) -> str:
+    """Finished runs beside each other; a folder is a run's, or holds those of several seeds."""
+    runs = {}
+    for folder in folders:
+        files = [folder / "results.json"]
+        if not files[0].is_file():
+            files = sorted(folder.glob("*/results.json"))
+        for file in files:
+            runs[printable(str(file.parent))] = read_record(file)
+    if not runs:
+        raise UserError(f"{' '.join(map(str, folders)):.200}: no finished run; expected folders of train.py")
+    return comparison(runs)
 
 
 # --- Command line -------------------------------------------------------------------------------------------
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="folder of a run of train.py")
+    parser.add_argument("run", type=Path, nargs="+", help="folder of a run of train.py")
+    parser.add_argument("--compare", action="store_true", help="several runs, by their validation score")
     parser.add_argument("--split", default="test", choices=SPLITS, help="rows to score [test]")
     parser.add_argument("--decode", choices=DECODE, help="how to answer [both, side by side]")
     parser.add_argument("--readout", choices=READOUT, help="an intensity by label scoring [the run's]")
@@ -663,37 +754,43 @@ def parse_args():
     parser.add_argument("--llm", help="where the backbone lies now, if it was moved")
     parser.add_argument("--data-dir", help="where the data lies now, if it was moved")
     parser.add_argument("--device", help="cpu, cuda, ... [the run's]")
+    parser.add_argument("--out", type=Path, help="folder of what is written [the run's]")
     args = parser.parse_args()
+    if len(args.run) > 1 and not args.compare:
+        parser.error("several runs are for --compare")
     if args.text is None and (args.audio or args.video or args.json):
         parser.error("--audio, --video and --json belong to --text, which may be empty")
     return args
 
 
 def main():
-    # 1) what the run was
     args = parse_args()
-    settings = read_settings(args.run / "settings.json")
+    if args.compare:
+        print(compare(args.run))
+        return
+
+    # 1) what the run was
+    run = args.run[0]
+    settings = read_settings(run / "settings.json")
     task = TASKS[settings["data"]]
-    device = args.device or settings["device"]
-    check_device(device)
+    changed = ", ".join(edited(settings))
+    if changed:
+        print(printable(f"the run is of other code ({changed} changed since): its answers may differ"),
+              file=sys.stderr)
 
     # 2) its backbone, and its adapter in front of that
-    path = find_llm(args.llm or settings["llm"] or task.llm)
-    dtype = getattr(torch, settings["dtype"])
-    tokenizer = load_tokenizer(path)
     if args.check_backbone:             # the fresh copy is gone before the other comes
-        fresh = backbone.fingerprints(load_llm(path, device, dtype), tokenizer, task)
-    llm = load_llm(path, device, dtype)
-    net = load_adapter(args.run / "adapter.safetensors", llm, tokenizer, task, settings["official"])
+        fresh = backbone.fingerprints(*load_backbone(settings, args.device, args.llm), task)
+    net = load_run(run, args.device, args.llm)
     if args.llm:
-        print(f"backbone found by --llm: {path}, whose weights are the run's", file=sys.stderr)
+        print(f"backbone found by --llm: {args.llm}, whose weights are the run's", file=sys.stderr)
 
     # 3) what needs no data set
     if args.ask is not None:
-        print(backbone.ask(net, args.ask))
+        print(printable(backbone.ask(net, args.ask)))
         return
     if args.text is not None:
-        print(answer_clip(net, args))
+        print(answer_clip(net, run, args))
         return
 
     # 4) what does
@@ -709,15 +806,8 @@ def main():
         results = {name: evaluate(net, parts[name], size, decode, readout) for name in parts}
         print(ablation_table(results))
     else:
-        score_split(net, split, args.run, settings, args)
+        score_split(net, split, run, settings, args)
 
 
 if __name__ == "__main__":
-    stop_on_signals()
-    try:
-        main()
-    except Stopped as stopped:
-        print(stopped, file=sys.stderr)
-        sys.exit(stopped.exit_code)
-    except (UserError, CheckpointError, AdapterError, OSError) as error:
-        sys.exit(f"error: {error}")
+    run_program(main, CheckpointError, AdapterError)

@@ -5,7 +5,7 @@
     python train.py --seeds 1111 2222 3333 4444 5555            the paper's protocol, with a table at the end
     python train.py -h                                          every setting
 
-Each seed has its own folder, OUT/SEED: settings.json, log.jsonl (a line per epoch) and curves.svg,
+Each seed has its own folder, OUT/SEED: settings.json, log.jsonl (a line per epoch) and report.svg,
 adapter.safetensors (the best epoch by validation) and features.json (the training features' range),
 predictions.csv and metrics.json (the test split), and last of all results.json. The same command again
 continues what was interrupted (by Ctrl-C, SIGTERM or SIGHUP, or killed), to the same bytes; finished runs
@@ -14,7 +14,6 @@ are left alone.
 import argparse
 import copy
 import hashlib
-import json
 import math
 import sys
 import textwrap
@@ -22,6 +21,7 @@ import time
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 from tqdm import tqdm
@@ -29,14 +29,16 @@ from tqdm import tqdm
 from adapter import MODALITIES, AdapterConfig, AdapterError, MSEAdapter, MultimodalLLM, adapter_bytes
 from data import FEATURES, HERE, SPLITS, TASKS, Split, collate, epoch_rows, find_llm
 from data import load_split, load_tokenizer, preset, share_of
-from eval import DECODE, READOUT, ablation, alarms, evaluate, evaluate_all, feature_range, side_by_side
-from model import CheckpointError, Config, load_llm
-from reports.pictures import curves
-from reports.tables import recorded, summarize, write_results
+from eval import DECODE, DTYPES, READOUT, ablation, alarms, code_digests, edited, evaluate, evaluate_all
+from eval import metrics_of, side_by_side
+from model import CheckpointError, Config, default_dtype, load_llm
+from reports.clip import feature_range
+from reports.pictures import report
+from reports.tables import in_names, in_words, read_record, recorded, summarize, write_results, write_table
 from support.check import check_task
-from support.files import UserError, read_json, write_atomic
-from support.guards import Stopped, check_device, locked, stop_on_signals, uninterrupted
-from support.states import load_state, save_state
+from support.files import UserError, brief, json_bytes, printable, read_json, write_atomic
+from support.guards import check_device, device_advice, failed_device, locked, run_program, uninterrupted
+from support.states import load_state, save_state, states
 
 # The release's, for every task and family.
 WARMUP = 0.1                # share of all steps in which the learning rate climbs from 0
@@ -44,6 +46,7 @@ WEIGHT_DECAY = 0.01
 ADAM_EPS = 1e-4
 
 SAVE_SECONDS = 600          # a state is written so often within an epoch, for those who are killed
+SAY_SECONDS = 180           # a line is printed so often within an epoch, where there is no progress bar
 GIB = 2**30
 
 
@@ -69,15 +72,21 @@ def setting(kind, default, about: str, free=False, report=True):
 
 
 def count(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    if not 0 < int(text) < 10**9:
+        raise argparse.ArgumentTypeError(f"{text:.40} is not above 0 and below a billion")
     return int(text)
 
 
 def share(text: str) -> float:
-    if not 0 < float(text) <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
+    if not 0 < float(text) <= 1:            # neither is nan
+        raise argparse.ArgumentTypeError(f"{text:.40} is not above 0 and at most 1")
     return float(text)
+
+
+def utf8(text: str) -> str:
+    if text != text.encode(errors="replace").decode():      # settings.json could not hold it
+        raise argparse.ArgumentTypeError(f"{text!r:.80} is no UTF-8; rename the folder, or link to it")
+    return text
 
 
 @dataclass
@@ -85,9 +94,9 @@ class Settings:
     """Everything that shapes a run. None: the release's value for task and family (`preset` in data.py)."""
     # What trains on what.
     data: str = setting(TASKS, "demo", "task", report=False)
-    data_dir: str = setting(str, None, "folder with the published files somewhere below", free=True)
-    llm: str = setting(str, None, "backbone: a checkpoint folder or a hub name", free=True)
-    out: str = setting(str, None, "folder of the runs, one subfolder per seed [runs/DATA-LLM]", free=True)
+    data_dir: str = setting(utf8, None, "folder with the published files somewhere below", free=True)
+    llm: str = setting(utf8, None, "backbone: a checkpoint folder or a hub name", free=True)
+    out: str = setting(utf8, None, "folder of the runs, one subfolder per seed [runs/DATA-LLM]", free=True)
     seeds: list = field(default_factory=lambda: [1111], metadata={
         "flag": {"type": int, "nargs": "+",
                  "help": "train once for each; the paper's are 1111 2222 3333 4444 5555"},
@@ -97,7 +106,7 @@ class Settings:
         bool, False, "rows, losses and answers as in the release, quirks included", report=False)
 
     # The schedule and the sizes.
-    learning_rate: float = setting(float, None, "peak of the schedule")
+    learning_rate: float = setting(share, None, "peak of the schedule")
     batch_size: int = setting(count, None, "rows per step")
     epochs: int = setting(count, None, "length of the cosine, at whose end the learning rate is 0")
     max_epochs: int = setting(count, None, "end here at the latest [epochs]")
@@ -127,7 +136,8 @@ class Settings:
         "few as fit, on a CPU none]", free=True)
     device: str = setting(
         str, "auto", "cpu, cuda, cuda:1, mps, ...; auto takes a GPU if there is one", report=False)
-    dtype: str = setting(("auto", "float32", "bfloat16", "float16"), "auto", "of the backbone", report=False)
+    dtype: str = setting(
+        DTYPES, "auto", "of the backbone; int8 takes half the memory of 16 bits, see Int8Linear", report=False)
     overwrite: bool = setting(bool, False, "discard what the run's folder holds", free=True)
     download: bool = setting(bool, False, "fetch data set and backbone if they are not here", free=True)
 
@@ -158,28 +168,19 @@ def resolve(settings: Settings, family: str) -> Settings:
         s.out = f"runs/{s.data}-{s.backbone()}"
         if s.official:
             s.out += "-official"
-    gpu = torch.cuda.is_available()
     if s.device == "auto":
         s.device = "cpu"
-        if gpu:
+        if torch.cuda.is_available():
             s.device = "cuda"
         elif torch.backends.mps.is_available():         # Apple's
             s.device = "mps"
     check_device(s.device)
     if s.dtype == "auto":
-        # Older GPUs (V100, T4) only emulate bfloat16, at a fraction of their speed.
-        bf16 = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
-        s.dtype = default_dtype(s.device, s.official, bf16)
+        dtype = default_dtype(s.device)
+        if s.official and dtype == torch.bfloat16:      # the release runs it in float16
+            dtype = torch.float16
+        s.dtype = str(dtype).removeprefix("torch.")
     return s
-
-
-def default_dtype(device: str, official: bool, bf16_supported: bool) -> str:
-    """The backbone's. The release runs it in float16."""
-    if not device.startswith("cuda"):
-        return "float32"
-    if official or not bf16_supported:
-        return "float16"
-    return "bfloat16"
 
 
 def changed(settings: Settings, family: str) -> list:
@@ -190,18 +191,15 @@ def changed(settings: Settings, family: str) -> list:
     return [name for name in shaping if getattr(settings, name) != getattr(release, name)]
 
 
-def compare(file: Path, identity: dict):
-    """Raise UserError if a run was begun with other settings, weights or data than it would go on with."""
-    if not file.is_file():
-        return
-    before = read_json(file)
+def difference(before: dict, identity: dict) -> str:
+    """Another setting, other weights or data than those that a run was begun with, in words; or ""."""
     # Data and backbone may move: what they hold is a part of the identity, where they lie is free.
     free = [f.name for f in fields(Settings) if f.metadata["free"]]
     for name, now in identity.items():
         began = before.get(name)
-        if name not in free and began != now:
-            raise UserError(f"{file.parent}: begun with {name} {began!r:.60}, now {now!r:.60}; continue "
-                            "as it began, choose another --out, or discard it with --overwrite")
+        if name not in free and name != "code" and began != now:
+            return f"{name} {began!r:.60}, now {now!r:.60}"
+    return ""
 
 
 # --- The schedule -------------------------------------------------------------------------------------------
@@ -306,6 +304,12 @@ def fit(run: "Run", train: Split, valid: Split):
         run.save()
         print("interrupted; the state is saved, the same command again continues", file=sys.stderr)
         raise
+    except (RuntimeError, MemoryError) as error:
+        if not failed_device(error):
+            raise
+        run.save()                      # the step that failed did so before the optimizer, which needs little
+        raise UserError(f"{device_advice(error)}; the state is saved, the same command continues, with "
+                        "another --recompute and --eval-batch, too") from None
 
 
 def train_epoch(run: "Run", train: Split, recompute: int):
@@ -322,22 +326,34 @@ def train_epoch(run: "Run", train: Split, recompute: int):
             for group in run.optimizer.param_groups:        # there may be several
                 group["lr"] = rate
             loss = train_step(run.net, run.optimizer, run.scaler, collate(train, rows), recompute)
-            run.loss_sum = run.loss_sum + loss      # in fp32: Apple's devices have no float64
+            run.losses = torch.cat((run.losses, loss[None]))
             run.step += 1
             if run.step == steps or time.time() - run.saved > SAVE_SECONDS:     # validation may take long
                 run.save()
+        if run.step == 1:
+            run.check_gradients()
         # Now and then the GPU is waited for.
         if run.step % 20 == 0 or run.step == steps:
-            check_finite(run.loss_sum, run.net)
-            bar.set_postfix(loss=float(run.loss_sum) / run.step, lr=rate, refresh=False)
+            check_finite(run.losses.sum(), run.net)
+            loss = float(run.losses.mean())
+            bar.set_postfix(loss=loss, lr=rate, refresh=False)
+            if bar.disable and time.time() - run.said > SAY_SECONDS:        # into a file
+                line = f"epoch {epoch + 1}, step {run.step}/{steps}: loss {loss:.4f}"
+                run.say(line, epoch + run.step / steps)
 
 
 def print_epoch(run: "Run", result, valid: Split):
-    """One line for the epoch, and an alarm where something looks wrong."""
+    """One line for the epoch, three validation rows, and an alarm where something looks wrong."""
     now = run.log[-1]
-    best = ", best yet" if run.best_epoch() == len(run.log) else ""
-    print(f"epoch {now['epoch']}/{run.settings.max_epochs}: loss {now['loss']:.4f}, valid {result.line()}, "
-          f"{now['seconds']:.0f} s so far{best}")
+    name = run.task.select
+    best = " (best yet)" if run.best_epoch() == len(run.log) else ""
+    run.say(f"epoch {now['epoch']}/{run.settings.max_epochs}: loss {now['loss']:.4f}, "
+            f"valid {name.replace('_', ' ')} {now[f'valid_{name}']:.4f}{best}, "
+            f"unparsed {result.unparsed}/{len(valid)}", len(run.log))
+    for quarter in (1, 2, 3):
+        row = quarter * len(valid) // 4
+        truth, answer = in_names(run.task, [valid.label[row], result.values[row]])
+        print(printable(f"  {truth}, answered {answer}: {' '.join(valid.text[row].split()):.60}"))
     for alarm in alarms(result):
         print(alarm)
     unparsed = [entry["valid_unparsed"] for entry in run.log[-2:]]      # of the epoch before, and of this one
@@ -346,11 +362,18 @@ def print_epoch(run: "Run", result, valid: Split):
     sys.stdout.flush()
 
 
+def clock(seconds: float) -> str:
+    """83.2 -> "1:23", 3683.2 -> "1:01:23"."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
 # --- A run's state ------------------------------------------------------------------------------------------
 class Run:
     """One seed's training: what takes part, and how far it is."""
 
-    def __init__(self, settings: Settings, seed: int, llm, tokenizer, train: Split):
+    def __init__(self, settings: Settings, seed: int, llm, tokenizer, train: Split, valid: Split):
         s = settings
         self.settings = s
         self.seed = seed
@@ -367,19 +390,23 @@ class Run:
             no_fusion=s.no_fusion,
             modality=s.modality,
             independent_tokens=s.independent_tokens)
+        assert FEATURES in MODALITIES.values(), f"adapter.py has {MODALITIES}, support/check.py {FEATURES}"
         torch.manual_seed(seed)         # for the adapter's start, and for all that training draws
         adapter = MSEAdapter(config).to(s.device)
         best = copy.deepcopy(adapter)   # has its own weights: it stays behind while training goes on
         self.net = MultimodalLLM(llm, adapter, tokenizer, self.task, s.official)
         self.best = MultimodalLLM(llm, best, tokenizer, self.task, s.official)     # the best epoch's
         self.optimizer = make_optimizer(self.net)
-        self.scaler = torch.amp.GradScaler(torch.device(s.device).type, enabled=s.dtype == "float16")
+        fp16 = llm.embed.weight.dtype == torch.float16          # its gradients are small
+        self.scaler = torch.amp.GradScaler(torch.device(s.device).type, enabled=fp16)
         self.parts = (adapter, best, self.optimizer, self.scaler)           # whatever has a state
+        self.chance = chance(self.task, train, valid)
         self.log = []               # an entry per finished epoch
         self.step = 0               # steps taken in the epoch under way
-        self.loss_sum = 0.0         # over those steps; a tensor, so that no step waits for the GPU
+        self.losses = torch.zeros(0, device=s.device)       # of those steps; none waits for the GPU
         self.began = time.time()
         self.saved = self.began     # when a state was last written
+        self.said = self.began      # when a line was last printed
         self.check_parameters()
 
     def check_parameters(self):
@@ -398,6 +425,13 @@ class Run:
                 raise UserError(f"{name} wants a gradient, but the optimizer does not have it; add it in "
                                 "make_optimizer, or freeze it")
 
+    def check_gradients(self):
+        """Raise UserError if a parameter has no part in the loss: a module that `forward` forgot."""
+        for name, p in self.net.adapter.named_parameters():
+            if p.requires_grad and p.grad is None:
+                raise UserError(f"{name} gets no gradient, for nothing computes with it; use it in "
+                                "MSEAdapter.forward, or take it out")
+
     def best_epoch(self) -> int:
         """Counted from 1; 0 if there is none yet."""
         if not self.log:
@@ -411,17 +445,26 @@ class Run:
 
     def close_epoch(self, result):
         """Log the epoch under way with its validation; keep its adapter if none was better."""
+        parts = self.losses.tensor_split(min(self.step, 50))
         self.log.append({
             "epoch": len(self.log) + 1,
-            "loss": float(self.loss_sum) / self.step,
+            "loss": float(self.losses.mean()),
+            "losses": [round(float(part.mean()), 4) for part in parts],     # at most 50, in equal parts
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             **{f"valid_{name}": value for name, value in result.scores.items()},
             "valid_unparsed": result.unparsed,
             "seconds": round(time.time() - self.began, 2)})
         self.step = 0
-        self.loss_sum = 0.0
+        self.losses = self.losses.new_zeros(0)
         if self.best_epoch() == len(self.log):
             self.best.adapter.load_state_dict(self.net.adapter.state_dict())       # a copy of the numbers
+
+    def say(self, line: str, epochs: float):
+        """Print a line with the time until now and, after so many epochs, the time that is left."""
+        taken = time.time() - self.began
+        left = taken / epochs * (self.settings.max_epochs - epochs)
+        self.said = time.time()
+        print(f"{line}, {clock(taken)}, {clock(left)} left", flush=True)        # at most: patience may end it
 
     def save(self):
         """Write all from which the run goes on to the same bytes: state-EPOCH-STEP-SHA256.pt."""
@@ -430,46 +473,89 @@ class Run:
         if self.settings.device.startswith("cuda"):
             random.append(torch.cuda.get_rng_state(self.settings.device))
         seconds = time.time() - self.began
-        state = [states, random, self.log, self.step, self.loss_sum, seconds]
-        save_state(self.folder, f"{len(self.log):04d}-{self.step:06d}", state)
+        state = [states, random, self.log, self.step, self.losses, seconds]
+        save_state(self.folder, len(self.log), self.step, state)
         self.saved = time.time()
 
     def load(self):
         """Go on from what was saved last, if anything was. Raises UserError if that is of no use."""
-        state = load_state(self.folder)
-        if state is None:
+        if not states(self.folder):
             return
-        if len(state) != 6:                         # see save
-            raise UserError(f"{self.folder}: begun with another version; start again with --overwrite")
-        states, random, self.log, self.step, self.loss_sum, seconds = state
-        for part, part_state in zip(self.parts, states):
-            part.load_state_dict(part_state)
-        torch.set_rng_state(random[0])
-        if len(random) > 1:
-            torch.cuda.set_rng_state(random[1], self.settings.device)
-        self.began -= seconds
+        groups = self.optimizer_groups()
+        try:
+            part_states, random, self.log, self.step, losses, seconds = load_state(self.folder)
+            self.losses = losses.to(self.settings.device)
+            for part, part_state in zip(self.parts, part_states, strict=True):
+                part.load_state_dict(part_state)
+            torch.set_rng_state(random[0])
+            if len(random) > 1:
+                torch.cuda.set_rng_state(random[1], self.settings.device)
+            self.began -= seconds
+            self.check_loaded(groups)
+        except UserError:                   # all states are damaged
+            raise
+        except Exception as error:          # whatever a state of another version or make provokes
+            raise UserError(f"{self.folder}: its state is of another version ({brief(error)[:200]}); start "
+                            "again with --overwrite") from None
         print(f"continuing after epoch {len(self.log)}, step {self.step}", flush=True)
+
+    def optimizer_groups(self) -> list:
+        """Its settings; the learning rate is set before each step."""
+        return [{**group, "params": len(group["params"]), "lr": 0} for group in self.optimizer.param_groups]
+
+    def check_loaded(self, groups: list):
+        """Raise ValueError unless a state held what `save` writes. groups: optimizer_groups before."""
+        if self.optimizer_groups() != groups:
+            raise ValueError("the optimizer's settings")
+        for p, moments in self.optimizer.state.items():
+            if any(x.shape not in ((), p.shape) for x in moments.values()):
+                raise ValueError("the optimizer's shapes")
+        numbers = [self.step, *self.losses.tolist(), self.began, *self.scaler.state_dict().values()]
+        for entry in self.log:
+            numbers += [entry["epoch"], entry["loss"], entry["learning_rate"], entry["seconds"]]
+            numbers += [entry["valid_unparsed"], abs(entry[f"valid_{self.task.select}"])]
+        if not all(isinstance(x, (int, float)) and -math.inf < x < math.inf for x in numbers):
+            raise ValueError("numbers that are none")
+        if not isinstance(self.step, int) or self.step < 0:
+            raise ValueError(f"step {self.step!r:.40}")
 
 
 # --- Records ------------------------------------------------------------------------------------------------
-WRITTEN = ("results.json", "state-*", "adapter.safetensors", "log.jsonl", "curves.svg", "predictions*.csv",
-           "metrics*.json", "features.json", "settings.json")
+WRITTEN = ["results.json", "adapter.safetensors", "log.jsonl", "report.svg", "predictions.csv",
+           "metrics.json", "features.json", "settings.json"]
+for name in SPLITS:                 # eval.py's
+    WRITTEN += [f"predictions-{name}.csv", f"metrics-{name}.json"]
 
 
-def publish(run: Run):
-    """Write the log, the curves and the best adapter. All of it is made again from the state."""
+def chance(task, train: Split, valid: Split) -> float:
+    """What one answer to all validation rows scores: the training rows' commonest class, or their mean."""
+    answer = np.mean(train.label)
+    if task.labels:
+        answer = np.bincount(train.label).argmax()
+    return metrics_of(task)(np.full(len(valid), answer), valid.label)[task.select]
+
+
+def publish(run: Run, result=None, worth=None):
+    """Write the log, the picture and the best adapter. All of it is made again from the state."""
     if run.log:
-        log = "".join(json.dumps(entry) + "\n" for entry in run.log)
-        picture = curves(run.log, run.task.select, run.best_epoch())
-        write_atomic(run.folder / "log.jsonl", log.encode())
-        write_atomic(run.folder / "curves.svg", picture.encode())
+        log = b"".join(json_bytes(entry) + b"\n" for entry in run.log)
+        picture = report(run.log, run.task.select, run.best_epoch(), run.chance, result, worth)
+        write_atomic(run.folder / "log.jsonl", log)
+        write_atomic(run.folder / "report.svg", picture.encode())
         write_atomic(run.folder / "adapter.safetensors", adapter_bytes(run.best))
 
 
-def remove(folder: Path, *patterns: str):
-    for pattern in patterns:
-        for file in folder.glob(pattern):
-            file.unlink()
+def discard(folder: Path, identity: dict):
+    """Remove what a run has written, but for a state that this very command wrote: a job that was ended and
+    is begun again has the same command line, --overwrite included."""
+    file = folder / "settings.json"
+    if states(folder) and file.is_file() and not (folder / "results.json").is_file():
+        before = read_json(file)
+        if before.get("overwrite") is True and not difference(before, identity) and not edited(before):
+            print(f"{folder}: going on from a state that this command wrote; delete the folder to start anew")
+            return
+    for file in [*states(folder), *(folder / name for name in WRITTEN)]:
+        file.unlink(missing_ok=True)
 
 
 def training_rows(settings: Settings, splits: dict, seed: int):
@@ -491,29 +577,45 @@ def train_run(settings: Settings, identity: dict, llm, tokenizer, splits: dict) 
     train, valid = training_rows(settings, splits, seed)
     train, _ = share_of(train, settings.train_share, seed)
     if settings.overwrite:
-        remove(folder, *WRITTEN)
-    compare(folder / "settings.json", identity)
+        discard(folder, identity)
+    by_other_code = check_same_run(folder, identity)
     if results.is_file():
-        record = read_json(results, ("seed", "family", "data", "line", "changed", "test_rows"))
-        for name, value in record.items():
-            kind = list if name == "changed" else str | int | float
-            if not isinstance(value, kind):
-                raise UserError(f"{results}: damaged; train again with --overwrite")
-        print(f"seed {seed}: finished before, left alone (--overwrite discards it); test {record['line']}")
+        record = read_record(results)
+        print(printable(f"seed {seed}: finished before{by_other_code}, left alone (--overwrite discards it); "
+                        f"test {record['line']}"))
     else:
         # What cannot be trained is refused by Run, before anything is written.
-        run = Run(settings, seed, llm, tokenizer, train)
-        write_atomic(folder / "settings.json", json.dumps(identity, indent=1).encode())
-        write_atomic(folder / "features.json", json.dumps(feature_range(train)).encode())
+        run = Run(settings, seed, llm, tokenizer, train, valid)
+        write_atomic(folder / "settings.json", json_bytes(identity, indent=1))
+        write_atomic(folder / "features.json", json_bytes(feature_range(train)))
         trainable = sum(p.numel() for p in run.net.parameters() if p.requires_grad)
         frozen = sum(p.numel() for p in llm.parameters())
         print(f"seed {seed}: {trainable:,} parameters train, {frozen:,} are frozen")
         fit(run, train, valid)
         record = test(run, splits["test"])
-        write_atomic(results, json.dumps(record, indent=1).encode())
+        write_atomic(results, json_bytes(record, indent=1))
         print(f"wrote {folder}")
-    remove(folder, "state-*", ".*.new")     # nothing is left to continue
+    # Nothing is left to continue, and drafts of what was killed are of no use.
+    for file in [*states(folder), *folder.glob(".state-*.new"), *folder.glob(".adapter*.new")]:
+        file.unlink(missing_ok=True)
     return record
+
+
+def check_same_run(folder: Path, identity: dict) -> str:
+    """Raise UserError if a run would go on with other settings, weights, data or code than it began with.
+    Returns what a finished one of other code is, in words, or ""."""
+    file = folder / "settings.json"
+    if not file.is_file():
+        return ""
+    before = read_json(file)
+    advice = "continue as it began, choose another --out, or discard it with --overwrite"
+    other = difference(before, identity)
+    if other:
+        raise UserError(f"{folder}: begun with {other}; {advice}")
+    names = ", ".join(edited(before))
+    if names and not (folder / "results.json").is_file():
+        raise UserError(f"{folder}: begun with other code ({names} changed since); {advice}")
+    return f" by other code ({names} changed since)" if names else ""
 
 
 def test(run: Run, split: Split) -> dict:
@@ -525,28 +627,32 @@ def test(run: Run, split: Split) -> dict:
     print(f"test (best epoch {run.best_epoch()}): {result.line()}", flush=True)
     for alarm in alarms(result):
         print(alarm)
+    select = run.task.select
+    worth = None
     if s.modality != "text":
-        for line in ablation(run.best, split, s.eval_batch, s.decode, s.readout):
-            print(line, flush=True)
+        worth = {"all": (result.scores[select], *result.intervals[select])}
+        for name, less in ablation(run.best, split, s.eval_batch, s.decode, s.readout):
+            print(f"test {name}: {in_words(less.scores)}", flush=True)
+            worth[name] = (less.scores[select], *less.intervals[select])
+    publish(run, result.picture(), worth)
     family = run.net.llm.config.family
     peak = 0
     if s.device.startswith("cuda"):
         peak = torch.cuda.max_memory_allocated(s.device)
+    best = run.log[run.best_epoch() - 1]
     return {
         "seed": run.seed,
         "backbone": s.backbone(),
         "family": family,
-        "data": s.data,
-        "official": s.official,
-        "device": s.device,
-        "dtype": s.dtype,
+        **{f.name: getattr(s, f.name) for f in fields(Settings) if not f.metadata["free"]},
         "changed": changed(s, family),
+        f"valid_{select}": best[f"valid_{select}"],
         **{f"test_{name}": value for name, value in result.scores.items()},
         "test_rows": len(split),
         "test_unparsed": result.unparsed,
         "line": result.line(),
         "best_epoch": run.best_epoch(),
-        "epochs": len(run.log),
+        "ran_epochs": len(run.log),
         "seconds": run.log[-1]["seconds"],
         "gpu_gib": round(peak / GIB, 2),
         "torch": torch.__version__}
@@ -555,7 +661,7 @@ def test(run: Run, split: Split) -> dict:
 def digest(split: Split) -> str:
     """Of all texts, labels, lengths and features: some seconds for gigabytes."""
     # Row by row: the features are mapped, not in memory.
-    small = [split.text, split.label, split.audio_len, split.video_len]
+    small = [split.text, split.label, *[getattr(split, f"{kind}_len") for kind in FEATURES]]
     seal = hashlib.sha256(repr(small).encode())
     for kind in FEATURES:
         for row in range(len(split)):
@@ -599,9 +705,10 @@ def load_splits(settings: Settings) -> dict:
         splits[name] = load_split(task, data_dir, name, settings.download)
     if settings.valid_share and len(splits["train"]) < 2:
         raise UserError(f"{data_dir}: one training row cannot be shared; expected at least two")
-    widths = {(split.audio[0].shape[1], split.video[0].shape[1]) for split in splits.values()}
-    if len(widths) > 1:
-        raise UserError(f"{data_dir}: splits of {widths} audio and video features; expected as many in each")
+    for kind in FEATURES:
+        widths = {name: getattr(split, kind)[0].shape[1] for name, split in splits.items()}
+        if len(set(widths.values())) > 1:
+            raise UserError(f"{data_dir}: {kind} features of a frame: {widths}; expected as many in each split")
     return splits
 
 
@@ -650,20 +757,16 @@ def main(argv=None):
 
     # One run for each seed. It is known by its settings and by what data and backbone hold.
     content = {f"{name}_sha256": digest(split) for name, split in splits.items()}
+    content["code"] = code_digests()
     records = []
     for seed in seeds:
         identity = {**asdict(settings), "seed": seed, "llm_sha256": llm.fingerprint, **content}
         with locked(Path(settings.out, str(seed))):
             records.append(train_run(settings, identity, llm, tokenizer, splits))
-    summarize(records, Path(settings.out))
+    write_table(Path(settings.out))
+    if len(records) > 1:
+        summarize(records)
 
 
 if __name__ == "__main__":
-    stop_on_signals()
-    try:
-        main()
-    except Stopped as stopped:
-        print(stopped, file=sys.stderr)
-        sys.exit(stopped.exit_code)
-    except (UserError, CheckpointError, AdapterError, OSError) as error:    # others are mistakes in the code
-        sys.exit(f"error: {error}")
+    run_program(main, CheckpointError, AdapterError)

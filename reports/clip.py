@@ -4,9 +4,9 @@ from pathlib import Path
 import numpy as np
 
 from adapter import MultimodalLLM
-from data import FEATURES, Split, Task, clean
-from reports.tables import aligned
-from support.files import UserError, brief
+from data import FEATURES, Split, clean
+from reports.tables import aligned, in_names
+from support.files import UserError, brief, printable
 
 MOST_FRAMES = 100_000                   # a file of a few bytes may claim to hold billions
 ADVICE = {".npz": "numpy.load(FILE)[NAME]", ".csv": "numpy.loadtxt(FILE, delimiter=',')",
@@ -16,6 +16,8 @@ ADVICE = {".npz": "numpy.load(FILE)[NAME]", ".csv": "numpy.loadtxt(FILE, delimit
 def read_features(path, width: int) -> np.ndarray:
     """The numbers (frames, width) in a .npy file. Raises UserError if it holds anything else."""
     try:
+        if not Path(path).is_file():    # a pipe would be waited for
+            raise OSError("no file is there")
         x = np.lib.format.open_memmap(path, mode="r")
     except Exception as error:          # whatever a damaged or hostile file provokes, it was refused
         array = ADVICE.get(Path(path).suffix, "ARRAY")
@@ -76,51 +78,74 @@ def oddities(x: np.ndarray, modality: str, ranges: dict) -> list:
 
 def clip_row(net: MultimodalLLM, text: str, paths: dict, ranges: dict) -> tuple:
     """A clip as a split of one row, and what is strange about it. paths: {modality: .npy file or None}."""
-    features, notes = {}, []
+    features = {}
     for modality in FEATURES:
+        path = paths[modality]
         width = getattr(net.adapter.config, f"{modality}_dim")
-        x = np.zeros((0, width))
-        if paths[modality]:
-            x = read_features(paths[modality], width)
-        features[modality] = [x]
-        features[f"{modality}_len"] = [len(x)]
-        notes += oddities(x, modality, ranges)
+        features[modality] = [read_features(path, width)] if path else None
+    row = clips(net, [text], **features)
+    notes = []
+    for modality in FEATURES:
+        notes += oddities(row.features(modality, 0), modality, ranges)
     tokens = len(net.tokenizer.encode(text))
     if tokens > net.task.text_len:
         notes.append(f"text: of {tokens} tokens the first {net.task.text_len} are read")
-    label = net.task.values()[:1]       # nobody reads it
-    return Split([text], **features, label=label, id=["clip"]), notes
+    return row, notes
 
 
-def clip_report(results: dict, task: Task) -> dict:
-    """What the clip's results by label scoring say, {variant: Result}: the whole clip's answer, and those of
-    the other variants as "changes"."""
-    names = list(task.labels) or [f"{value:+.1f}" for value in task.values()]
-    answers = {}
-    for variant, result in results.items():
-        p = result.probabilities[0]
-        answer = {"label": names[p.argmax()], "probability": p.max()}
-        if result.unparsed:             # not a number: the backbone's arithmetic broke
+def clips(net: MultimodalLLM, texts: list, audio=None, video=None) -> Split:
+    """Clips as a split without true labels. audio, video: an array (frames, features) or None for each text;
+    None: of none. Raises UserError for other shapes."""
+    given = {"audio": audio, "video": video}
+    columns = {}
+    for modality in FEATURES:
+        width = getattr(net.adapter.config, f"{modality}_dim")
+        arrays = given[modality]
+        if arrays is None:
+            arrays = [None] * len(texts)
+        if len(arrays) != len(texts):
+            raise UserError(f"{len(texts)} texts, but {len(arrays)} of {modality}; expected an array or None "
+                            "for each")
+        columns[modality] = []
+        for number, x in enumerate(arrays):
+            x = np.zeros((0, width)) if x is None else np.asarray(x)
+            if x.ndim != 2 or x.shape[1] != width or x.dtype.kind not in "fiub":
+                raise UserError(f"{modality} of clip {number} is {x.dtype} {x.shape}; expected numbers "
+                                f"(frames, {width})")
+            columns[modality].append(x)
+        columns[f"{modality}_len"] = [len(x) for x in columns[modality]]
+    label = net.task.values()[:1] * len(texts)          # nobody reads it
+    return Split(list(texts), **columns, label=label, id=[str(number) for number in range(len(texts))])
+
+
+def answers(result) -> list[dict]:
+    """What the rows of a Result by label scoring are answered: see `predict` in eval.py."""
+    task = result.task
+    names = in_names(task, task.values())
+    found = []
+    for row, p in enumerate(result.probabilities.tolist()):
+        answer = {"label": names[np.argmax(p)], "probability": max(p)}
+        if result.values[row] is None:  # not a number: the backbone's arithmetic broke
             answer["label"] = None
         if not task.labels:
-            answer["mean"], answer["std"] = result.moments()[:, 0]
+            answer["mean"], answer["std"] = result.moments()[:, row].tolist()
         answer["probabilities"] = dict(zip(names, p))
-        answers[variant] = answer
-    return {**answers.pop("all"), "changes": answers}
+        found.append(answer)
+    return found
 
 
 def clip_text(report: dict) -> str:
     """A clip's report for people: a line per label, a column for the clip and one without each part."""
-    answers = [report, *report["changes"].values()]
+    columns = [report, *report["changes"].values()]
     lines = [["", "clip", *report["changes"]]]
-    lines.append(["answer", *[answer["label"] for answer in answers]])
+    lines.append(["answer", *[answer["label"] for answer in columns]])
     few = len(report["probabilities"]) < 10
     for name in report["probabilities"]:
-        row = [answer["probabilities"][name] for answer in answers]
+        row = [answer["probabilities"][name] for answer in columns]
         if few or max(row) > 0.01:      # of 21 or 61 the likely ones
             lines.append([name, *[f"{p:.3f}" for p in row]])
     for key in ("mean", "std"):
         if key in report:
-            lines.append([key, *[f"{answer[key]:.3f}" for answer in answers]])
-    greedy = f"greedy answer {report['greedy']!r}"
-    return "\n".join([aligned(lines), greedy, *report["notes"]])
+            lines.append([key, *[f"{answer[key]:.3f}" for answer in columns]])
+    greedy = f"greedy answer: {report['greedy']}, written {report['written']!r}"
+    return printable("\n".join([aligned(lines), greedy, *report["notes"]]))

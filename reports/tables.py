@@ -5,13 +5,14 @@ A Result (of eval.py) is passed in; nothing here needs its class.
 import csv
 import io
 import json
+import math
 import unicodedata
 from pathlib import Path
 
 import numpy as np
 
 from data import HERE, TASKS, Split, family_words
-from support.files import write_atomic
+from support.files import UserError, json_bytes, read_json, write_atomic
 
 
 def aligned(lines) -> str:
@@ -51,6 +52,21 @@ def in_words(scores: dict) -> str:
     return ", ".join(words)
 
 
+def in_names(task, values: list) -> list:
+    """Labels and parsed answers as people read them: 4 -> "joy", 0.5 -> "+0.5", None -> "no answer"."""
+    names = []
+    for value in values:
+        if value is None:
+            names.append("no answer")
+        elif not task.labels:
+            names.append(f"{value:+.1f}")
+        elif value in task.values():
+            names.append(task.labels[int(value)])
+        else:
+            names.append(f"{value:g}, no class")
+    return names
+
+
 def side_by_side(results: dict) -> str:
     """{way of decoding: Result} -> a line per score, a column per way, each score with its 95 % interval."""
     columns = []
@@ -82,17 +98,11 @@ def truth_table(names: list, counts: np.ndarray, per_class=()) -> str:
 
 
 # --- Files --------------------------------------------------------------------------------------------------
-def finite(x):
-    """A number, or a pair of them, as JSON can write it: None for nan and infinities."""
-    return x if np.isfinite(x).all() else None
-
-
 def write_results(folder, split: Split, results: dict, ending: str = ""):
     """Write metrics.json and predictions.csv into a folder; `ending` goes behind both names."""
     report = {"rows": len(split)}
     for way, result in results.items():
-        part = {"scores": {name: finite(x) for name, x in result.scores.items()},
-                "intervals": {name: finite(pair) for name, pair in result.intervals.items()},
+        part = {"scores": result.scores, "intervals": result.intervals,
                 "unparsed": result.unparsed, "out_of_range": result.out_of_range}
         if result.task.labels:
             part["confusion"] = result.counts().tolist()
@@ -101,10 +111,9 @@ def write_results(folder, split: Split, results: dict, ending: str = ""):
             for name, *row in zip(result.task.labels, *columns):
                 part["per_class"][name] = dict(zip(("precision", "recall", "f1", "rows"), row))
         else:
-            part["bias"] = finite(result.bias)
+            part["bias"] = result.bias
         report[way] = part
-    text = json.dumps(report, indent=1, ensure_ascii=False)
-    write_atomic(Path(folder) / f"metrics{ending}.json", text.encode())
+    write_atomic(Path(folder) / f"metrics{ending}.json", json_bytes(report, indent=1))
     write_predictions(Path(folder) / f"predictions{ending}.csv", split, list(results.values()))
 
 
@@ -114,7 +123,8 @@ def write_predictions(path, split: Split, results: list):
     first = results[0]
     parsed = ["" if value is None else f"{value:.6g}" for value in first.values]
     head = ["id", "text", "truth", "answer", "parsed"]
-    columns = [split.id, split.text, split.label, first.answers, parsed]
+    columns = [map(harmless, split.id), map(harmless, split.text), split.label, map(harmless, first.answers),
+               parsed]
     scored = [result for result in results if result.probabilities is not None]
     if scored:                          # several readouts are of the same probabilities
         numbers = scored[0].probabilities.T
@@ -128,25 +138,62 @@ def write_predictions(path, split: Split, results: list):
     write_atomic(path, file.getvalue().encode("utf-8-sig"))     # a byte order mark, for spreadsheets
 
 
+def harmless(text: str) -> str:
+    """A cell that a spreadsheet would run as a formula begins with an apostrophe; numbers stay numbers."""
+    if not text.startswith(("=", "+", "-", "@", "\t", "\r")):
+        return text
+    try:
+        is_number = math.isfinite(float(text))
+    except ValueError:
+        is_number = False
+    return text if is_number else "'" + text
+
+
 # --- Several seeds ------------------------------------------------------------------------------------------
-def summarize(records: list, out: Path):
-    """Write results.csv, a row per seed; print several with mean, std, worst and the release's figures.
+def read_record(file: Path) -> dict:
+    """What a results.json holds: see `test` in train.py. Raises UserError if it is anything else."""
+    kinds = {"seed": int, "family": str, "data": str, "line": str, "changed": list, "test_rows": int}
+    record = read_json(file, kinds)
+    whole = record["data"] in TASKS
+    for name, value in record.items():
+        kind = kinds.get(name, str | int | float | None)
+        if name.startswith("test_"):
+            kind = int | float | None       # None: it was not defined
+        whole = whole and isinstance(value, kind)
+    if not whole:
+        raise UserError(f"{file}: damaged; train again with --overwrite")
+    return record
+
+
+def finished(out: Path) -> list:
+    """The records of all seeds that are finished in OUT, of other processes, too."""
+    files = sorted(out.glob("[0-9]*/results.json"), key=lambda file: file.parent.name.zfill(10))
+    return [read_record(file) for file in files]
+
+
+def write_table(out: Path):
+    """results.csv: a row for each finished seed in OUT, as results.json has it."""
+    records = None
+    while records != finished(out):         # another process may have finished one meanwhile
+        records = finished(out)
+        names = [name for name in records[0] if name != "line"]
+        text = io.StringIO()
+        writer = csv.DictWriter(text, names, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        for record in records:
+            changed = " ".join(map(str, record["changed"]))
+            writer.writerow(record | {"changed": changed})
+        write_atomic(out / "results.csv", text.getvalue().encode())
+
+
+def summarize(records: list):
+    """Print several seeds with mean, std, worst and the release's figures.
 
     A record's "changed" lists the settings that differ from the release's method: where there are some, or
     other test rows than the published ones, nothing compares with its figures.
     """
-    names = [name for name in records[0] if name != "line"]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, names, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    for record in records:
-        changed = " ".join(record.get("changed", ()))
-        writer.writerow(record | {"changed": changed})
-    write_atomic(out / "results.csv", text.getvalue().encode())
-    if len(records) == 1:
-        return
     scores = {}                         # name: an array with a number per seed
-    for name in names:
+    for name in records[0]:
         if name.startswith("test_") and name != "test_rows":
             values = [record.get(name) for record in records]
             scores[name.removeprefix("test_")] = np.array(values, float)
@@ -186,6 +233,51 @@ def compare_with_release(scores: dict, published: dict):
                   f"{away:+.1f} of its standard deviations")
     if note:
         print(f"note: {note}")
+
+
+# What a record holds beside the settings, and what begins with valid_ or test_.
+OUTCOMES = ("changed", "line", "best_epoch", "ran_epochs", "seconds", "gpu_gib", "torch")
+
+
+def comparison(runs: dict) -> str:
+    """{a run's folder: its record} -> the runs by their validation score, with the settings in which they
+    differ; then what they scored on the test split. Raises UserError for runs of several data sets."""
+    data = sorted({record["data"] for record in runs.values()})
+    if len(data) > 1:
+        raise UserError(f"runs of {' and '.join(data)}; compare those of one data set")
+    task = TASKS[data[0]]
+    select = f"valid_{task.select}"
+
+    def score(folder) -> float:         # the best is the least
+        value = runs[folder].get(select)
+        if value is None:
+            return math.inf
+        return -value if task.labels else value
+
+    settings, tests = [], []            # by name
+    for record in runs.values():
+        for name, value in record.items():
+            if name.startswith("test_") and name not in tests:
+                tests.append(name)
+            other = any(value != another.get(name) for another in runs.values())
+            outcome = name in OUTCOMES or name.startswith(("test_", "valid_"))
+            if other and not outcome and name not in settings:
+                settings.append(name)
+    chosen = [[select.replace("_", " "), *settings, "run"]]
+    tested = [[*[name.removeprefix("test_") for name in tests], "run"]]
+    for folder in sorted(runs, key=score):
+        record = runs[folder]
+        chosen.append([cell(record.get(select)), *[cell(record.get(name)) for name in settings], folder])
+        tested.append([*[cell(record.get(name)) for name in tests], folder])
+    return (f"{aligned(chosen)}\n\nThe test split, not to choose by: whoever does reports a score that is "
+            f"too good\n{aligned(tested)}")
+
+
+def cell(value) -> str:
+    """A number in few digits, a gap for what is not known."""
+    if value is None:
+        return "-"
+    return f"{value:.4f}" if isinstance(value, float) and value > 0.01 else f"{value}"
 
 
 def recorded(family: str, task: str) -> dict:

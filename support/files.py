@@ -1,6 +1,8 @@
 """Reading JSON and writing files such that neither a broken file nor a crash does harm."""
 import json
+import math
 import os
+import secrets
 from pathlib import Path
 
 
@@ -16,6 +18,17 @@ class DataError(UserError):
 def brief(error: Exception) -> str:
     """What it says, on one line: it may quote the whole file that provoked it."""
     return " ".join(str(error)[:400].split())
+
+
+def printable(text: str) -> str:
+    """A text from a file, for a terminal, which would obey what is written in escape sequences."""
+    shown = ""
+    for char in text:
+        if char.isprintable() or char in "\n\t":
+            shown += char
+        else:
+            shown += char.encode("unicode_escape").decode()         # "\\x1b" in four characters
+    return shown
 
 
 def read_json(file: Path, keys=()) -> dict:
@@ -35,13 +48,30 @@ def read_json(file: Path, keys=()) -> dict:
     return found
 
 
+def json_bytes(found, indent=None) -> bytes:
+    """As a JSON file; nan and infinities, which JSON cannot write, become null."""
+    text = json.dumps(only_finite(found), indent=indent, ensure_ascii=False, allow_nan=False)
+    return text.encode()
+
+
+def only_finite(x):
+    """The same lists and dicts, with None for numbers that are not finite."""
+    if isinstance(x, dict):
+        return {key: only_finite(value) for key, value in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [only_finite(value) for value in x]
+    if isinstance(x, float) and not math.isfinite(x):
+        return None
+    return x
+
+
 def write_atomic(path, data: bytes):
     """Write a file such that after a crash at any moment it is whole: the old one or the new one."""
     path = Path(path)
-    draft = path.with_name(f".{path.name}.new")
+    # A name that nobody knows before: two processes may write the same file, a stranger may lay a link.
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}.new")
     try:
-        draft.unlink(missing_ok=True)           # of a process that was killed
-        with open(draft, "xb") as file:         # x: a link that stands there is not followed
+        with open(draft, "xb") as file:         # x: never a file that is there
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

@@ -1,5 +1,5 @@
-"""What keeps a run whole: signals wait for the end of a step, one process at a time works in a folder, and a
-device is tried before it is used."""
+"""What keeps a run whole: every ending has its words, signals wait for the end of a step, one process at a
+time works in a folder, and a device is tried before it is used."""
 import os
 import signal
 import sys
@@ -8,12 +8,51 @@ from pathlib import Path
 
 import torch
 
-from support.files import UserError, brief
+from support.files import UserError, brief, printable
 
 try:
     import fcntl
 except ImportError:         # Windows has none: there nothing locks a run's folder
     fcntl = None
+
+
+# --- Programs and devices -----------------------------------------------------------------------------------
+def run_program(main, *errors):
+    """Call a program's main, which returns its exit code or None. What was asked wrongly, or failed on the
+    way, ends in one sentence; every other exception is a mistake in the code, and shows its traceback.
+
+    errors: kinds of exceptions whose text is such a sentence, beside UserError's.
+    """
+    for stream in (sys.stdout, sys.stderr):     # "é" on a console that cannot write it becomes "\\xe9"
+        stream.reconfigure(errors="backslashreplace")
+    stop_on_signals()
+    try:
+        sys.exit(main())
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(stopped.exit_code)
+    except (UserError, OSError, *errors) as error:
+        message = str(error)
+    except (RuntimeError, MemoryError) as error:
+        if not failed_device(error):
+            raise
+        message = f"{device_advice(error)}"
+    print(printable(f"error: {message}"), file=sys.stderr)
+    sys.exit(1)
+
+
+def failed_device(error: Exception) -> bool:
+    """Whether it is the device that failed, memory that ran out or a GPU that fell over, and not the code."""
+    if isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError, MemoryError)):
+        return True
+    # A CPU's and Apple's devices have no exception of their own.
+    words = ("out of memory", "not enough memory", "can't allocate memory")
+    return any(part in str(error) for part in words)
+
+
+def device_advice(error: Exception) -> str:
+    return (f"the device failed ({brief(error)[:200] or type(error).__name__}); where memory ran out, let more "
+            "blocks recompute (--recompute 99), or take a smaller --eval-batch or --batch-size")
 
 
 def check_device(name: str):
@@ -28,6 +67,7 @@ def check_device(name: str):
         raise UserError(f"--device {name:.40}: {why}; pass --device cpu") from None
 
 
+# --- Signals ------------------------------------------------------------------------------------------------
 # Ctrl-C, what clusters and containers send before they kill, a terminal that closes (not on Windows).
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
@@ -80,6 +120,7 @@ def uninterrupted():
         stop(caught[0])
 
 
+# --- Folders ------------------------------------------------------------------------------------------------
 @contextmanager
 def locked(folder: Path):
     """Only one process at a time works in a run's folder. The lock goes with the process, however it ends.

@@ -3,6 +3,7 @@ import json
 import os
 import pickle
 import zlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import eval
+import train
 from adapter import AdapterConfig, MSEAdapter
 from model import load_llm
 from release import OFFICIAL_NAMES
@@ -42,9 +45,53 @@ def small_data(folder: Path, change=lambda rows: rows) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def few_draws(monkeypatch):
+    """Intervals in a tenth of the time; test_metrics.py tests them in full."""
+    monkeypatch.setattr(eval, "bootstrap", partial(eval.bootstrap, draws=100))
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return small_data(tmp_path_factory.mktemp("data"))
+
+
+def flags(data: Path, out: Path, *more) -> list[str]:
+    return ["--data-dir", str(data), "--out", str(out), "--epochs", "2", "--batch-size", "8", "--device", "cpu", *more]
+
+
+def essence(out: Path, seed: int = 1111) -> dict:
+    """What two runs of one seed must share to the byte: all but the times. A finished run holds no state."""
+    run = out / str(seed)
+    files = {file.name for file in run.iterdir()}
+    assert files >= {
+        ".lock", "settings.json", "features.json", "log.jsonl", "report.svg", "adapter.safetensors", "predictions.csv",
+        "metrics.json", "results.json"}
+    assert not [name for name in files if name.startswith("state-") or name.endswith(".new")]
+    log = [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in (run / "log.jsonl").open()]
+    return {"log": log, **{name: (run / name).read_bytes() for name in ("adapter.safetensors", "predictions.csv")}}
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("finished")
+    train.main(flags(data, out))
+    return out
+
+
+@pytest.fixture
+def begun(data, tmp_path, monkeypatch):
+    """A run that Ctrl-C ended while it validated its second epoch: two states are there."""
+    def interrupt(*args, evaluate=train.evaluate):
+        if list(tmp_path.glob("1111/state-0001-000005-*")):     # the second epoch's steps are done
+            raise KeyboardInterrupt
+        return evaluate(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "evaluate", interrupt)
+        train.main(flags(data, tmp_path))
+    assert len(list(tmp_path.glob("1111/state-*"))) == 2
+    return tmp_path
 
 
 def close(ours, theirs, tolerance: float = 1e-5):

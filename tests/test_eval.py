@@ -2,6 +2,7 @@
 import csv
 import json
 import pickle
+import re
 import shutil
 from argparse import Namespace
 from dataclasses import asdict, replace
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import HERE, Bomb, ByteTokenizer, close, need_shared, random_adapter, recipe
+from pytest import approx
 from safetensors.torch import load_file, save_file
 
 import eval
@@ -177,7 +179,7 @@ def test_results_on_disk(tmp_path):
     lines = list(csv.reader(raw.decode("utf-8-sig").splitlines(keepends=True)))
     assert raw.startswith("\ufeffid,text,truth,answer,parsed,p(neutral),p(surprise)".encode())
     assert [line[:5] for line in lines[1:]] == [
-        ["row 0", split.text[0], "0", "0", "0"], ["row 1", split.text[1], "1", "no", ""],
+        ["row 0", "'" + split.text[0], "0", "0", "0"], ["row 1", split.text[1], "1", "no", ""],
         ["row 2", "好吧", "1", "1", "1"], ["row 3", "", "6", "8", "8"]]
     assert [float(x) for x in lines[1][5:]] == p[0].tolist()
     report = json.loads((tmp_path / "metrics.json").read_text())
@@ -196,7 +198,7 @@ def test_results_of_intensities_on_disk(tmp_path):
     write_results(tmp_path, split, results, "-valid")
     text = (tmp_path / "metrics-valid.json").read_text()
     report = json.loads(text, parse_constant=pytest.fail)["labels"]     # NaN is no JSON
-    assert report["scores"]["corr"] is report["intervals"]["corr"] is None
+    assert report["scores"]["corr"] is None and report["intervals"]["corr"] == [None, None]
     head, first, *_ = csv.reader((tmp_path / "predictions-valid.csv").read_text("utf-8-sig").splitlines())
     assert head[5:] == ["mean", "std"] and [float(x) for x in first[5:]] == pytest.approx([0, 1.760682], abs=1e-6)
 
@@ -263,10 +265,10 @@ def test_the_ablation_finds_what_a_model_uses(spoken, sense, hurt):
         else:
             assert (accuracy, change, low, high) == ("0.0000", "-1.0000", "[-1.0000,", "-1.0000]"), name
         assert unparsed == ("100/100" if accuracy == "0.0000" else "0/100")
-    dropped = eval.ablation(Listener(sense), spoken, 16)
-    assert [line.partition(":")[0] for line in dropped] == [
-        "test without audio", "test without video", "test without audio and video"]
-    assert dropped[0].endswith(f"unparsed {100 if sense == 'audio' else 0}/100, out of range 0/100")
+    dropped = dict(eval.ablation(Listener(sense), spoken, 16))
+    assert list(dropped) == ["without audio", "without video", "without audio and video"]
+    assert all((result.scores["accuracy"] == 0) == (name in hurt) for name, result in dropped.items())
+    assert dropped["without audio"].unparsed == (100 if sense == "audio" else 0)
 
 
 def test_shuffling_moves_features_with_their_lengths(spoken):
@@ -357,7 +359,7 @@ def run(demo, tmp_path):
         "audio_len": 5, "video_len": i % 5}} for i in range(24)]
     for split in ("train", "valid", "test"):
         (tmp_path / f"demo_{split}.pkl").write_bytes(pickle.dumps(table, protocol=4))
-    ranges = eval.feature_range(variants(load_split(task, tmp_path, "train"))["without video"])
+    ranges = clip.feature_range(variants(load_split(task, tmp_path, "train"))["without video"])
     (tmp_path / "features.json").write_text(json.dumps(ranges))
     settings = asdict(config) | dict(data="demo", data_dir=str(tmp_path), llm=None, official=False, device="cpu",
                                      dtype="float32", eval_batch=7, decode="greedy", readout="mean")
@@ -397,7 +399,7 @@ def test_scoring_a_run_as_it_was_selected(tiny, tmp_path, capsys):
     mode, mean = (evaluate(net, split, 3, decode="labels", readout=readout) for readout in ("mode", "mean"))
     assert mode.line() != mean.line()
     for given, result in ((None, mode), ("mean", mean)):
-        eval.score_split(net, split, tmp_path, settings, Namespace(split="valid", decode=None, readout=given))
+        eval.score_split(net, split, tmp_path, settings, Namespace(split="valid", decode=None, readout=given, out=None))
         assert capsys.readouterr().out.startswith(f"valid (best epoch unknown): {result.line()}\n")
 
 
@@ -419,22 +421,47 @@ def test_one_clip(run, demo, monkeypatch, capsys):
         assert abs(p[k] - found["probability"]) > 1e-3
     assert found["label"] == max(found["probabilities"], key=found["probabilities"].get)
     assert found["notes"] == ["video: none given, taken as missing"]
-    assert list(found["changes"]) == ["without audio", "without video", "without audio and video", "text empty"]
+    assert list(found["changes"]) == ["without audio", "text empty"]     # a clip without video cannot lose it
     lines = {line.split()[0]: line.split()[1:] for line in command(monkeypatch, capsys, *words).splitlines()[1:6]}
-    assert lines["answer"][0] == found["label"] and len(lines["joy"]) == 5
+    assert lines["answer"][0] == found["label"] and len(lines["joy"]) == 3
     assert lines["joy"][:2] == [f"{answer['probabilities']['joy']:.3f}" for answer in (
         found, found["changes"]["without audio"])]
     text = command(monkeypatch, capsys, *words, "--video", video)
     assert "video: 16 values are not finite and count as 0" in text and "video: not compared" in text
+    head = "without audio  without video  without audio and video  text empty"
+    assert text.splitlines()[0].endswith(head)
+    assert f"greedy answer: {found['greedy']}, written '{TASKS['demo'].labels.index(found['greedy'])}'" in text
     np.save(audio, np.full((3, 6), [0, 0, 500, 0, 0, 0]))
     text = command(monkeypatch, capsys, *words)
     assert "audio: 1 of 6 features are far outside the training data; feature 2 is 500 to 500, there -" in text
 
 
+def test_a_net_to_call_from_python(run):
+    net = eval.load_run(run)
+    split = load_split(TASKS["demo"], run, "test")
+    some = range(9)
+    audio, video = [split.audio[row] for row in some], [split.features("video", row) for row in some]
+    video = [x if len(x) > 0 else None for x in video]                  # None: this clip has none
+    found = eval.predict(net, [split.text[row] for row in some], audio, video)
+    result = evaluate(net, split, 24, "labels")
+    for row, answer in enumerate(found):
+        p = result.probabilities[row]
+        assert answer["label"] == TASKS["demo"].labels[p.argmax()]
+        assert sum(answer["probabilities"].values()) == approx(1)
+        assert answer["probability"] == max(answer["probabilities"].values()) == approx(p.max(), rel=1e-4)
+    assert eval.predict(net, []) == []
+    deaf = eval.predict(net, [split.text[0]])[0]
+    assert deaf == eval.predict(net, [split.text[0]], [None], [None])[0] != found[0]
+    for audio, words in (([np.ones((3, 5))], "audio of clip 0 is float64 (3, 5); expected numbers (frames, 6)"),
+                         ([np.ones(6)], "expected numbers"), ([None, None], "1 texts, but 2 of audio")):
+        with pytest.raises(UserError, match=re.escape(words)):
+            eval.predict(net, ["x"], audio)
+
+
 def test_far_outside_is_by_more_than_the_whole_range():
     two = [np.array([[0.0, 5.0], [1.0, 5.5]]), np.array([[0.5, 4.0], [90.0, 90.0]])]
     split = Split(["a", "b"], two, [2, 1], two, [0, 0], [0, 0], ["a", "b"])
-    ranges = eval.feature_range(split)                                  # of real frames
+    ranges = clip.feature_range(split)                                  # of real frames
     assert ranges == {"audio": [[0.0, 4.0], [1.0, 5.5]]}
     assert clip.oddities(np.array([[1.9, 6.9], [-0.9, 2.6]]), "audio", ranges) == []
     for odd in (2.1, -1.1):
@@ -504,7 +531,8 @@ def test_the_backbone_answers_without_the_adapter(run, demo, monkeypatch, capsys
     while len(said) < 100 and 2 not in said:                            # without a cache
         hidden = llm(llm.embed(torch.tensor([ids + said])))
         said.append(int(llm.logits(hidden[0, -1]).argmax()))
-    assert command(monkeypatch, capsys, run, "--ask", "Tom put the lamp") == tokenizer.decode(said) + "\n"
+    out = command(monkeypatch, capsys, run, "--ask", "Tom put the lamp")
+    assert out == tokenizer.decode(ids[1:] + said) + "\n" and out.startswith("Tom put the lamp")
 
 
 def test_a_changed_backbone_is_noticed(run, monkeypatch, capsys):

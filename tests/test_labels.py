@@ -6,10 +6,9 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from conftest import HERE, ByteTokenizer, need_shared, random_adapter
+from conftest import HERE, ByteTokenizer, flags, need_shared, random_adapter
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_train import flags
 
 import eval
 import train

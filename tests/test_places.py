@@ -1,24 +1,33 @@
-"""Where people run it: jobs told to end, file systems that cannot lock or sync, strangers' folders, devices."""
+"""Where people run it: jobs told to end, file systems that cannot lock or sync, strangers' folders, devices, code
+that was edited in between, consoles."""
+import csv
 import errno
+import json
+import math
 import os
+import shutil
 import signal
 import stat
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
+import eval
 import train
-from adapter import AdapterConfig, MSEAdapter, MultimodalLLM
-from conftest import HERE
+from adapter import AdapterConfig, AdapterError, MSEAdapter, MultimodalLLM, load_adapter
+from conftest import HERE, essence, flags
 from data import TASKS, collate, load_split, load_tokenizer
 from eval import label_logprobs
 from model import load_llm
-from support import guards
-from support.files import UserError, write_atomic
+from reports import clip, tables
+from support import files, guards
+from support.files import UserError, json_bytes, printable, write_atomic
+from support.states import load_state, save_state
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -76,6 +85,29 @@ def test_a_second_signal_does_not_wait_for_the_step():
     assert done.stdout == "held\n" and done.returncode == -signal.SIGTERM
 
 
+def test_overwrite_typed_again_goes_on(data, finished, tmp_path, monkeypatch, capsys):
+    def stopping_step(*args, step=train.train_step):
+        steps.append(1)
+        if len(steps) == 4:
+            signal.raise_signal(signal.SIGINT)
+        return step(*args)
+
+    steps, words = [], flags(data, tmp_path, "--overwrite")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "train_step", stopping_step)
+        train.main(words)
+    train.main(words)                           # as a cluster begins an ended job again
+    assert "going on from a state that this command wrote" in capsys.readouterr().out
+    assert essence(tmp_path) == essence(finished)
+    train.main(words)                           # a finished run is what --overwrite is for
+    assert "epoch 1/2" in capsys.readouterr().out
+
+
+def test_overwrite_discards_what_another_command_wrote(data, begun, capsys):
+    train.main(flags(data, begun, "--overwrite"))
+    assert "epoch 1/2" in capsys.readouterr().out
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # File systems
 
@@ -113,12 +145,16 @@ def test_a_folder_that_cannot_be_synced_is_passed_over(tmp_path, monkeypatch, co
     assert (tmp_path / "a.json").read_bytes() == b"{}"
 
 
-def test_links_in_a_strangers_folder_are_not_followed(tmp_path):
+def test_links_in_a_strangers_folder_are_not_followed(tmp_path, monkeypatch):
     victim, run = tmp_path / "victim", tmp_path / "run"
     victim.write_text("precious")
     run.mkdir()
-    for name in (".metrics.json.new", "metrics.json", ".lock"):
+    for name in (".metrics.json.1.new", "metrics.json", ".lock"):
         (run / name).symlink_to(victim)
+    with monkeypatch.context() as patch, pytest.raises(OSError):
+        patch.setattr(files.secrets, "token_hex", lambda n: "1")        # even if the draft's name is guessed
+        write_atomic(run / "metrics.json", b"new")
+    assert victim.read_text() == "precious"
     write_atomic(run / "metrics.json", b"new")
     with pytest.raises(OSError), guards.locked(run):
         pass
@@ -130,14 +166,198 @@ def test_links_in_a_strangers_folder_are_not_followed(tmp_path):
         assert (run / ".lock").read_text() == "not emptied"
 
 
+def test_two_processes_may_write_the_same_file(tmp_path, monkeypatch):
+    def replace(draft, path, replace=os.replace):
+        if not others:                          # the other one comes in between
+            others.append(1)
+            write_atomic(tmp_path / "metrics.json", b"theirs")
+        replace(draft, path)
+
+    others = []
+    monkeypatch.setattr(os, "replace", replace)
+    write_atomic(tmp_path / "metrics.json", b"ours")
+    assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("metrics.json", b"ours")]
+
+
+def test_pipes_in_the_place_of_files_are_not_waited_for(tmp_path):
+    for name in ("adapter.safetensors", "a.npy", "state-0001-000001-ab.pt", "settings.json"):
+        os.mkfifo(tmp_path / name)
+    with pytest.raises(AdapterError, match="not a saved adapter"):
+        load_adapter(tmp_path / "adapter.safetensors", *demo_backbone(), TASKS["demo"])
+    with pytest.raises(UserError, match="not a .npy file"):
+        clip.read_features(tmp_path / "a.npy", 6)
+    with pytest.raises(UserError, match="settings.json: not there"):
+        eval.load_run(tmp_path)
+    assert load_state(tmp_path) is None
+
+
+def demo_backbone() -> tuple:
+    folder = HERE.parent / "demo" / "llm"
+    return load_llm(folder), load_tokenizer(folder)
+
+
+def test_the_table_holds_the_seeds_of_all_processes(data, finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    train.main(flags(data, tmp_path, "--seeds", "7", "--epochs", "1"))
+    rows = list(csv.DictReader((tmp_path / "results.csv").open()))
+    assert [(row["seed"], row["epochs"], row["ran_epochs"]) for row in rows] == [("7", "1", "1"), ("1111", "2", "2")]
+    assert all(float(row["valid_weighted_f1"]) <= 1 and row["learning_rate"] == "0.01" for row in rows)
+    print(eval.compare([tmp_path / "7", tmp_path]))
+    chosen, tested = capsys.readouterr().out.split("\n\n")[-2:]
+    assert chosen.splitlines()[-3].split() == ["valid", "weighted", "f1", "seed", "epochs", "max_epochs", "run"]
+    scores = [float(line.split()[0]) for line in chosen.splitlines()[-2:]]
+    assert scores == sorted(scores, reverse=True) and "not to choose by" in tested
+    record = json.loads((tmp_path / "7" / "results.json").read_text())
+    for wrong in ({"test_accuracy": "x"}, {"line": 3}, {"changed": None}, {"data": "x"}, {"dtype": []}):
+        (tmp_path / "7" / "results.json").write_text(json.dumps(record | wrong))
+        with pytest.raises(UserError, match="7.results.json: damaged; train again with --overwrite"):
+            train.write_table(tmp_path)
+    with pytest.raises(UserError, match="no finished run; expected folders of train.py"):
+        eval.compare([data])
+
+
+def test_a_run_that_only_others_may_write_is_still_scored(finished, tmp_path, monkeypatch, capsys):
+    def write_results(folder, *args, write=eval.write_results):
+        if folder == finished / "1111":
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(folder))
+        write(folder, *args)
+
+    monkeypatch.setattr(eval, "write_results", write_results)
+    monkeypatch.setattr("sys.argv", ["eval.py", str(finished / "1111")])
+    eval.main()
+    out, err = capsys.readouterr()
+    assert out.startswith("test (best epoch") and "nothing was written: " in err and "--out FOLDER" in err
+    monkeypatch.setattr("sys.argv", ["eval.py", str(finished / "1111"), "--out", str(tmp_path / "mine")])
+    eval.main()
+    assert {file.name for file in (tmp_path / "mine").iterdir()} == {"metrics-test.json", "predictions-test.csv"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# States, and code that changes
+
+
+def other_state(folder, change):
+    """The newest state with something else in it, under the name that proves it."""
+    state = load_state(folder)
+    change(state)
+    for file in folder.glob("state-*"):
+        file.unlink()
+    save_state(folder, 1, 5, state)
+
+
+def change_moments(state):
+    state[0][2]["state"][0]["exp_avg"] = torch.zeros(3)
+
+
+@pytest.mark.parametrize("change", [
+    lambda state: state.pop(), lambda state: state[0].pop(), lambda state: state[0].__setitem__(0, {}),
+    lambda state: state[0][2]["param_groups"][0].update(betas="x"), change_moments,
+    lambda state: state.__setitem__(1, []), lambda state: state.__setitem__(2, [{"loss": 1.0}]),
+    lambda state: state[2][0].update(valid_weighted_f1="x"), lambda state: state.__setitem__(3, -1),
+    lambda state: state.__setitem__(3, "x"), lambda state: state.__setitem__(4, None),
+    lambda state: state.__setitem__(5, float("inf"))])
+def test_a_state_that_holds_something_else_is_refused(data, begun, change):
+    other_state(begun / "1111", change)
+    with pytest.raises(UserError, match="its state is of another version .*; start again with --overwrite"):
+        train.main(flags(data, begun))
+
+
+def test_a_file_of_the_users_own_is_no_state(data, begun, finished):
+    (begun / "1111" / "state-of-my-work.txt").write_text("thesis")
+    train.main(flags(data, begun))
+    train.main(flags(data, begun, "--overwrite"))
+    assert (begun / "1111" / "state-of-my-work.txt").read_text() == "thesis"
+    (begun / "1111" / "state-of-my-work.txt").unlink()
+    assert essence(begun) == essence(finished)
+
+
+def test_a_run_knows_its_code(data, begun, finished, monkeypatch, capsys):
+    now = eval.code_digests()
+    assert set(now) >= {"model.py", "adapter.py", "data.py", "eval.py", "train.py", "support/tokenizers.py"}
+    monkeypatch.setattr(eval, "code_digests", lambda: now | {"new.py": "0"})        # which nothing uses
+    assert eval.edited({"code": now}) == [] and eval.edited({}) == ["its version"]
+    monkeypatch.setattr(eval, "code_digests", lambda: now | {"adapter.py": "0"})
+    with pytest.raises(UserError, match=r"begun with other code \(adapter.py changed since\); continue as it began"):
+        train.main(flags(data, begun))
+    train.main(flags(data, finished))
+    assert "finished before by other code (adapter.py changed since), left alone" in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", ["eval.py", str(finished / "1111"), "--ask", "x"])
+    eval.main()
+    assert "the run is of other code (adapter.py changed since)" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What reaches people
+
+
+def test_a_console_that_cannot_write_it_gets_it_spelled_out():
+    code = ("import sys; sys.path.insert(0, sys.argv[1]); from support import guards\n"
+            "def main():\n    print('中')\n    raise guards.UserError('no \\x1b[2J 文')\n"
+            "guards.run_program(main)")
+    done = subprocess.run([sys.executable, "-c", code, str(HERE.parent)], capture_output=True, text=True,
+                          env=os.environ | {"PYTHONIOENCODING": "cp1252"})
+    assert (done.returncode, done.stdout, done.stderr) == (1, "\\u4e2d\n", "error: no \\x1b[2J \\u6587\n")
+    assert printable("a\tb\nc \x9b \u202e 文") == "a\tb\nc \\x9b \\u202e 文"
+
+
+def test_a_spreadsheet_runs_nothing():
+    for text in ("=1+1", "+cmd", "-x", "@a", "\tx", "-nan", "+inf"):
+        assert tables.harmless(text) == "'" + text
+    for text in ("-1.6", "+0.4", "Oh -", "", "1"):
+        assert tables.harmless(text) == text
+
+
+def test_json_has_no_nan():
+    found = {"a": [1.5, math.nan, (math.inf, 2)], "文": np.float64(-math.inf)}
+    assert json.loads(json_bytes(found)) == {"a": [1.5, None, [None, 2]], "文": None}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Devices
 
 
-@pytest.mark.parametrize("cuda, mps, native, device, dtype", [
-    (False, False, False, "cpu", "float32"), (False, True, False, "mps", "float32"),
-    (True, False, True, "cuda", "bfloat16"), (True, False, False, "cuda", "float16")])
-def test_auto_takes_the_best_device_and_no_emulated_dtype(monkeypatch, cuda, mps, native, device, dtype):
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB"), MemoryError(),
+    torch.AcceleratorError("CUDA error: an illegal memory access"),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")], ids=repr)
+def test_a_device_that_fails_loses_nothing(data, finished, tmp_path, monkeypatch, error):
+    def failing_step(*args, step=train.train_step):
+        steps.append(1)
+        if len(steps) == 3:
+            raise error
+        return step(*args)
+
+    steps = []
+    with monkeypatch.context() as patch, pytest.raises(UserError) as told:
+        patch.setattr(train, "train_step", failing_step)
+        train.main(flags(data, tmp_path))
+    for words in ("--recompute", "--batch-size", "--eval-batch", "the state is saved"):
+        assert words in str(told.value)
+    assert list(tmp_path.glob("1111/state-0000-000002-*"))
+    train.main(flags(data, tmp_path))
+    assert essence(tmp_path) == essence(finished)
+
+
+def test_a_mistake_in_the_code_is_no_device_that_fails(data, tmp_path, monkeypatch, capsys):
+    def mistaken_step(*args):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(train, "train_step", mistaken_step)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        train.main(flags(data, tmp_path))
+
+    def main():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(SystemExit) as end:
+        guards.run_program(main)
+    assert end.value.code == 1 and "error: the device failed (CUDA out of memory); " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("cuda, mps, native, device, dtype, official", [
+    (False, False, False, "cpu", "float32", "float32"), (False, True, False, "mps", "float32", "float32"),
+    (True, False, True, "cuda", "bfloat16", "float16"), (True, False, False, "cuda", "float16", "float16")])
+def test_auto_takes_the_best_device_and_no_emulated_dtype(monkeypatch, cuda, mps, native, device, dtype, official):
     def is_bf16_supported(including_emulation=True):
         return native or including_emulation            # what is emulated counts by default
 
@@ -147,6 +367,8 @@ def test_auto_takes_the_best_device_and_no_emulated_dtype(monkeypatch, cuda, mps
     monkeypatch.setattr(train, "check_device", lambda name: None)
     settings = train.resolve(train.Settings(), "llama")
     assert (settings.device, settings.dtype) == (device, dtype)
+    assert train.resolve(train.Settings(official=True), "llama").dtype == official      # the release's on a GPU
+    assert train.resolve(train.Settings(device=f"{device}:0", dtype="int8"), "llama").dtype == "int8"
 
 
 def test_a_gpu_without_kernels_says_torchs_own_words(monkeypatch):

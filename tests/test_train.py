@@ -18,7 +18,6 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -31,51 +30,13 @@ sys.path.insert(0, str(ROOT))
 import eval  # noqa: E402
 import train  # noqa: E402
 from adapter import AdapterConfig, MSEAdapter, MultimodalLLM  # noqa: E402
-from conftest import small_data  # noqa: E402
+from conftest import essence, flags, small_data  # noqa: E402
 from data import TASKS, Split, Task, collate, load_split, load_tokenizer, main, read_pickle  # noqa: E402
 from eval import score  # noqa: E402
 from model import LLM, Config, load_llm  # noqa: E402
 from support.files import UserError, read_json  # noqa: E402
 
 DISABLED = torch.amp.GradScaler("cpu", enabled=False)
-
-
-def flags(data: Path, out: Path, *more) -> list[str]:
-    return ["--data-dir", str(data), "--out", str(out), "--epochs", "2", "--batch-size", "8", "--device", "cpu", *more]
-
-
-def essence(out: Path, seed: int = 1111) -> dict:
-    """What two runs of one seed must share to the byte: all but the times. A finished run holds no state."""
-    run = out / str(seed)
-    files = {file.name for file in run.iterdir()}
-    assert files >= {
-        ".lock", "settings.json", "features.json", "log.jsonl", "curves.svg", "adapter.safetensors", "predictions.csv",
-        "metrics.json", "results.json"}
-    assert not [name for name in files if name.startswith("state-") or name.endswith(".new")]
-    log = [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in (run / "log.jsonl").open()]
-    return {"log": log, **{name: (run / name).read_bytes() for name in ("adapter.safetensors", "predictions.csv")}}
-
-
-@pytest.fixture(scope="module")
-def finished(data, tmp_path_factory):
-    out = tmp_path_factory.mktemp("finished")
-    train.main(flags(data, out))
-    return out
-
-
-@pytest.fixture
-def begun(data, tmp_path, monkeypatch):
-    """A run that Ctrl-C ended while it validated its second epoch: two states are there."""
-    def interrupt(*args, evaluate=train.evaluate):
-        if list(tmp_path.glob("1111/state-0001-000005-*")):     # the second epoch's steps are done
-            raise KeyboardInterrupt
-        return evaluate(*args)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train, "evaluate", interrupt)
-        train.main(flags(data, tmp_path))
-    assert len(list(tmp_path.glob("1111/state-*"))) == 2
-    return tmp_path
 
 
 @pytest.fixture(scope="module")
@@ -129,24 +90,16 @@ def test_what_differs_from_the_release(monkeypatch):
     assert changed() == [] and changed("--dropout", "0.1") == ["dropout"]
 
 
-def test_what_may_change_before_a_run_goes_on(tmp_path):
+def test_what_may_change_before_a_run_goes_on():
     before = asdict(train.resolve(train.Settings(device="cpu"), "llama"))
-    (tmp_path / "settings.json").write_text(json.dumps(before))
     free = set()
     for name in before:
-        try:
-            train.compare(tmp_path / "settings.json", before | {name: "another"})
+        words = train.difference(before, before | {name: "another"})
+        if words:
+            assert words == f"{name} {before[name]!r}, now 'another'"
+        else:
             free.add(name)
-        except UserError as error:
-            assert f"begun with {name} " in str(error) and "now 'another'" in str(error)
     assert free == {"data_dir", "llm", "out", "seeds", "eval_batch", "recompute", "overwrite", "download"}
-
-
-@pytest.mark.parametrize("device, official, bf16, dtype", [
-    ("cpu", False, True, "float32"), ("cpu", True, False, "float32"), ("cuda", False, True, "bfloat16"),
-    ("cuda:1", False, False, "float16"), ("cuda", True, True, "float16")])
-def test_default_dtype(device, official, bf16, dtype):
-    assert train.default_dtype(device, official, bf16) == dtype
 
 
 def test_recomputation_changes_nothing(net):
@@ -246,7 +199,11 @@ def test_what_trains_is_counted_saved_and_optimized_or_the_run_does_not_begin(da
             self.more = nn.Linear(3, 2)
 
         def forward(self, *args):
-            return super().forward(*args) + 0 * self.more.weight.sum()
+            return super().forward(*args) + 0 * sum(p.sum() for p in self.more.parameters())
+
+    class Forgotten(Wider):
+        def forward(self, *args):
+            return MSEAdapter.forward(self, *args)
 
     with monkeypatch.context() as patch, pytest.raises(UserError, match="^head.weight .* put it into MSEAdapter"):
         patch.setattr(train, "MultimodalLLM", Headed)
@@ -255,6 +212,9 @@ def test_what_trains_is_counted_saved_and_optimized_or_the_run_does_not_begin(da
         patch.setattr(train, "make_optimizer", lambda net: torch.optim.AdamW([*net.adapter.parameters()][1:]))
         train.main(flags(data, tmp_path))
     assert not (tmp_path / "1111" / "settings.json").exists()
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="^more.weight gets no gradient, .*forward"):
+        patch.setattr(train, "MSEAdapter", Forgotten)
+        train.main(flags(data, tmp_path / "forgotten"))
     monkeypatch.setattr(train, "MSEAdapter", Wider)
     train.main(flags(data, tmp_path, "--epochs", "1"))
     saved = load_file(tmp_path / "1111" / "adapter.safetensors")
@@ -263,15 +223,15 @@ def test_what_trains_is_counted_saved_and_optimized_or_the_run_does_not_begin(da
     assert f"seed 1111: {trained:,} parameters train, 799,616 are frozen" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_a_backbone_in_16_bits(data, tmp_path, monkeypatch, capsys, dtype):
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "int8"])
+def test_a_backbone_in_fewer_bits(data, tmp_path, monkeypatch, capsys, dtype):
     """It trains to finite numbers, and what was saved scores the same line again."""
-    train.main(flags(data, tmp_path, "--dtype", dtype))
+    train.main(flags(data, tmp_path, "--dtype", dtype, "--learning-rate", "3e-3"))
     run = tmp_path / "1111"
     losses = [json.loads(line)["loss"] for line in (run / "log.jsonl").open()]
     assert 0 < losses[1] < losses[0] < 3
     assert all(x.dtype == torch.float32 and x.isfinite().all() for x in load_file(run / "adapter.safetensors").values())
-    monkeypatch.setattr("sys.argv", ["eval.py", str(run)])
+    monkeypatch.setattr("sys.argv", ["eval.py", str(run), "--decode", "greedy"])
     capsys.readouterr()
     eval.main()
     line = json.loads((run / "results.json").read_text())["line"]
@@ -338,7 +298,7 @@ def test_same_seed_same_bytes_other_seed_other_bytes(data, finished, tmp_path):
     assert essence(tmp_path) == essence(finished)
     assert essence(tmp_path, 7)["adapter.safetensors"] != essence(finished)["adapter.safetensors"]
     rows = list(csv.DictReader((tmp_path / "results.csv").open()))
-    assert [row["seed"] for row in rows] == ["1111", "7"] and float(rows[0]["test_accuracy"]) <= 1
+    assert [row["seed"] for row in rows] == ["7", "1111"] and float(rows[0]["test_accuracy"]) <= 1
 
 
 @pytest.mark.parametrize("stop_at", [1, 5, 9])
@@ -408,7 +368,7 @@ def test_a_state_of_another_version_is_refused(data, begun):
     torch.save(saved[:-1], buffer)
     digest = hashlib.sha256(buffer.getvalue()).hexdigest()
     newest.with_name(f"state-0009-000000-{digest}.pt").write_bytes(buffer.getvalue())
-    with pytest.raises(UserError, match="begun with another version; start again with --overwrite"):
+    with pytest.raises(UserError, match="its state is of another version .*; start again with --overwrite"):
         train.main(flags(data, begun))
 
 
@@ -575,17 +535,37 @@ def test_killed_and_continued_is_undisturbed(data, finished, tmp_path):
 
 def test_alarms_of_an_epoch(capsys):
     task, settings = TASKS["demo"], train.resolve(train.Settings(), "llama")
-    valid = Split(*[["x"] * 100] * 5, [0, 1, 2, 3] * 25, ["1"] * 100)
-    run = SimpleNamespace(task=task, settings=settings, log=[], best_epoch=lambda: 1)
+    valid = Split(*[["\x1b[2J\nx"] * 100] * 5, [0, 1, 2, 3] * 25, ["1"] * 100)
+    run = SimpleNamespace(task=task, settings=settings, log=[], best_epoch=lambda: 1,
+                          say=lambda line, epochs: print(line))
     for epoch, answers in enumerate((["0", "1"] * 50, ["0"] * 98 + [""] * 2, ["0"] * 97 + [""] * 3), 1):
         result = score(answers, valid.label, task)
-        run.log.append({"epoch": epoch, "loss": 1.0, "valid_unparsed": result.unparsed, "seconds": 9.0})
+        run.log.append({"epoch": epoch, "loss": 1.0, "valid_unparsed": result.unparsed,
+                        "valid_weighted_f1": result.scores["weighted_f1"]})
         train.print_epoch(run, result, valid)
-    first, second, collapsed, unparsed, third, again = capsys.readouterr().out.splitlines()
-    assert first.startswith("epoch 1/4: loss 1.0000, valid accuracy 0.5000, ") and first.endswith("far, best yet")
-    assert second.startswith("epoch 2/") and third.startswith("epoch 3/") and third.endswith("9 s so far")
+    lines = capsys.readouterr().out.splitlines()
+    first, second, collapsed, unparsed, third, again = [line for line in lines if not line.startswith("  ")]
+    assert first == "epoch 1/4: loss 1.0000, valid weighted f1 0.3333 (best yet), unparsed 0/100"
+    assert second == "epoch 2/4: loss 1.0000, valid weighted f1 0.1016, unparsed 2/100"
+    assert third.startswith("epoch 3/4: ")
     assert collapsed.startswith("looks collapsed: 'joy' is 98 of 100") and again.startswith("looks collapsed")
     assert unparsed == "more answers do not parse: 0 before, 2 now"
+    assert lines[1:4] == ["  anger, answered anger: \\x1b[2J x", "  sadness, answered joy: \\x1b[2J x",
+                          "  calm, answered anger: \\x1b[2J x"]
+    assert max(map(len, lines[:4])) <= 100
+
+
+def test_the_time_that_is_left(capsys):
+    run = SimpleNamespace(began=time.time() - 7300, settings=SimpleNamespace(max_epochs=4))
+    train.Run.say(run, "epoch 2/4", 2.0)
+    assert capsys.readouterr().out == "epoch 2/4, 2:01:40, 2:01:40 left\n"
+    assert [train.clock(seconds) for seconds in (0, 83.2, 3599.6)] == ["0:00", "1:23", "1:00:00"]
+
+
+def test_a_file_gets_a_line_now_and_then(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "SAY_SECONDS", 0)
+    train.main(flags(data, tmp_path, "--epochs", "1"))
+    assert "epoch 1, step 5/5: loss " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("task, epoch", [("meld", 2), ("mosei", 3)])
@@ -599,45 +579,40 @@ def test_best_epoch_is_the_first_of_the_largest_f1_or_the_least_mae(task, epoch)
 def test_the_table_of_seeds(tmp_path, capsys):
     rows = [(1111, .60, .58, 3), (2222, .64, .61, 0), (3333, .62, .60, 1)]
     records = [{"seed": seed, "family": "qwen2", "data": "meld", "test_accuracy": accuracy, "test_weighted_f1": f1,
-                "test_rows": 2610, "test_unparsed": unparsed, "line": ""} for seed, accuracy, f1, unparsed in rows]
-    train.summarize(records, tmp_path)
+                "test_rows": 2610, "test_unparsed": unparsed, "line": "", "changed": []}
+               for seed, accuracy, f1, unparsed in rows]
+    train.summarize(records)
     lines = capsys.readouterr().out.splitlines()
     table = {line.split()[0]: [float(x) for x in line.split()[1:]] for line in lines[1:7]}
     assert lines[0].split() == ["seed", "accuracy", "weighted_f1", "unparsed"] and table["2222"] == [.64, .61, 0]
     assert table["mean"][0] == pytest.approx(.62) and table["std"][0] == pytest.approx(.02)
     assert table["worst"] == [.60, .58, 3]                              # more unparsed is worse
     assert "the release recorded 0.6218 +- 0.0132; here 0.6200, -0.1 of its" in lines[7]
+    for record in records:
+        (tmp_path / str(record["seed"])).mkdir()
+        (tmp_path / str(record["seed"]) / "results.json").write_text(json.dumps(record))
+    train.write_table(tmp_path)
     with open(tmp_path / "results.csv") as file:
         assert [(int(row["seed"]), float(row["test_accuracy"])) for row in csv.DictReader(file)] == [
             (seed, accuracy) for seed, accuracy, _, _ in rows]
 
 
-def test_the_releases_figures_stand_beside_the_same_data_and_method_alone(tmp_path, capsys):
+def test_the_releases_figures_stand_beside_the_same_data_and_method_alone(capsys):
     record = {"seed": 1111, "family": "chatglm", "data": "simsv2", "test_acc2": .8, "test_rows": 1034, "line": ""}
     changes = [({}, True), ({"test_rows": 40}, False), ({"changed": []}, True),
                ({"changed": ["train_share"]}, False), ({"changed": ["no_mixer", "a_new_one"]}, False)]
     for change, shown in changes:
-        train.summarize([record | change] * 2, tmp_path)
+        train.summarize([record | change] * 2)
         out = capsys.readouterr().out
         assert ("acc2: the release recorded 0.7944 +- 0.0251" in out) == shown
         assert ("note: with the shipped prompt" in out) == shown
 
 
-def test_curves_are_well_formed_and_their_titles_fit():
-    log = [{"loss": 2.0 / e, "learning_rate": 0.1, "valid_weighted_f1": 1.0} for e in range(1, 91)]
-    for entries, best in ((log, 90), (log[:1], 1)):
-        picture = ElementTree.fromstring(train.curves(entries, "weighted_f1", best))
-        panels = picture.findall("{*}g")
-        width = float(picture.get("viewBox").split()[2])
-        for panel, right in zip(panels, (280, 560, width)):
-            left = float(panel.get("transform").removeprefix("translate(").removesuffix(")"))
-            assert left + 6.5 * len(panel.find("{*}text").text) < right         # 12 px letters are narrower
-    assert len(panels) == 3 and panels[2].find("{*}text").text == "valid weighted f1, best: epoch 1"
-
-
 @pytest.mark.parametrize("argv, words", [
     (["--data", "nope"], "invalid choice: 'nope'"), (["--batch-sise", "3"], "unrecognized"),
-    (["--epochs", "0"], "0 is not above 0"), (["--data-dir", "/nowhere"], "/nowhere"),
+    (["--epochs", "0"], "0 is not above 0"), (["--pseudo-tokens", "9" * 4000], "999 is not above 0 and below"),
+    *[(["--learning-rate", rate], f"{rate} is not above 0 and at most 1") for rate in ("nan", "-1", "1e38", "0")],
+    (["--llm", "\udcff"], "is no UTF-8; rename the folder, or link to it"), (["--data-dir", "/nowhere"], "/nowhere"),
     (["--llm", "/nowhere"], "hf download"), (["--device", "meta"], "pass --device cpu"),
     (["--data", "meld", "--data-dir", "/nowhere", "--llm", str(ROOT / "demo" / "llm")],
      "hf download AZYoung/MELD_processed"),
