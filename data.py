@@ -91,6 +91,7 @@ class Task:
     video_dim: int = 0
     hub: str = ""                   # the published data set
     sha256: str = ""                # of the published file, where it is one
+    release_prompt: str = ""        # of its own under --official, where the release has it for Qwen alone
     twins: tuple = ()               # texts of rows that the published splits have in common
     home: str = "data"              # folder below which the files are looked for
     llm: str = "Qwen/Qwen-1_8B"     # the backbone if none is named
@@ -154,6 +155,8 @@ class Task:
             prompt = words.prompts[self.language, "range"].format(low=low, high=high)
         if not (official and self.hub):
             prompt = re.sub(" +", " ", prompt)
+        if official and self.release_prompt and words.name == "qwen":
+            prompt = self.release_prompt
 
         def label(y) -> str:
             if self.labels:
@@ -183,6 +186,11 @@ TASKS = {task.name: task for task in (
          rows=dict(train=9989, valid=1109, test=2610), pattern="MELD/meld_{}.pkl",
          audio_len=157, audio_dim=64, video_len=32, video_dim=64, hub="AZYoung/MELD_processed",
          twins=("But um, I don’t think it’s anything serious.",)),
+    Task("iemocap", labels=("hap", "sad", "neu", "ang", "exc", "fru"), text_len=84,
+         rows=dict(train=5240), pattern="IEMOCAP/iemocap_{}.pkl",
+         audio_len=157, audio_dim=64, video_len=32, video_dim=64,
+         release_prompt="Please recognize the emotion of the above multimodal content from the label"
+         + 49 * " " + "set <hap: 0, sad: 1, neu: 2, ang: 3, exc: 4, fru: 5>. Assistant: The emotion is"),
     Task("cherma", labels=("愤怒", "厌恶", "恐惧", "高兴", "平静", "悲伤", "惊奇"), language="zh", text_len=78,
          audio_len=543, audio_dim=1024, video_len=16, video_dim=2048,
          pattern="CHERMA0723/cherma_{}.pkl", hub="AZYoung/CHERMA0723_processed"),
@@ -194,6 +202,9 @@ TASKS = {task.name: task for task in (
          rows=dict(train=2722, valid=647, test=1034), pattern="SIMS_V2/ch-simsv2s.pkl",
          audio_len=925, audio_dim=25, video_len=232, video_dim=177, hub="AZYoung/SIMSV2_processed",
          sha256="f8fd9a1dd070588a714ff357b00f31d5bb93277b4e502cf2dc4ff718a95fc49b"),
+    Task("sims", range=(-1.0, 1.0), language="zh", text_len=39,
+         rows=dict(train=1368, valid=456, test=457), pattern="SIMS/Processed/unaligned_39.pkl",
+         audio_len=400, audio_dim=33, video_len=55, video_dim=709),
     Task("mosi", range=(-3.0, 3.0), text_len=50,
          rows=dict(train=1284, valid=229, test=686), audio_len=375, audio_dim=5, video_len=500, video_dim=20,
          pattern="MOSI/Processed/unaligned_50.pkl",
@@ -273,6 +284,7 @@ PRESETS = {
     ("meld", "llama"): Preset(5e-4, 6, 30, 4, 64, 32),
     ("meld", "qwen"): Preset(5e-4, 16, 50, 2, 32, 16),
     ("meld", "chatglm"): Preset(5e-5, 8, 90, 4, 64, 32),
+    ("iemocap", "qwen"): Preset(5e-4, 4, 30, 4, 32, 32),
     ("cherma", "llama"): Preset(5e-5, 6, 30, 4, 32, 16),
     ("cherma", "qwen"): Preset(5e-3, 16, 30, 4, 32, 16),
     ("cherma", "chatglm"): Preset(5e-5, 8, 30, 4, 32, 16),
@@ -281,11 +293,14 @@ PRESETS = {
 
 
 def preset(task: Task | str, family: str) -> Preset:
-    """The release's hyper-parameters; where it has none, MELD's for classes and MOSEI's for an intensity."""
+    """The release's hyper-parameters; where it has none, MELD's for classes, for an intensity MOSEI's or, in
+    Chinese, SIMS-V2's."""
     if isinstance(task, str):
         task = TASKS[task]
     words = family_words(family).name
-    nearest = "meld" if task.labels else "mosei"
+    nearest = "simsv2" if task.language == "zh" else "mosei"
+    if task.labels:
+        nearest = "meld"
     return PRESETS.get((task.name, words)) or PRESETS[nearest, words]
 
 
@@ -515,8 +530,9 @@ def find_data(task: Task, data_dir, split: str, fetch: bool = False) -> Path:
     root = Path(data_dir)
     found = candidates(task, root, split)
     advice = 'the page says under "Your own data" what it holds and how to make it'
-    if task.sha256:
-        advice = "put it there; github.com/thuiar/MMSA tells where it is published"
+    if task.rows:                       # it is published
+        advice = ("put it there; github.com/thuiar/MMSA or, for emotions, github.com/AZYoung233/MSE-Adapter tells "
+                  "where it is published")
     if task.hub and not found:
         advice = f"try --download, or: hf download {task.hub} --repo-type dataset --local-dir {data_dir}"
         folder = hub_folder(task.hub, "dataset", [f"*{Path(name).name}"], fetch)

@@ -99,18 +99,20 @@ def per_class(counts: np.ndarray) -> tuple:
 
 
 def class_metrics(pred, true) -> dict:
-    """Emotion classes. accuracy: share of rows with pred = true; weighted_f1: the mean of the classes' F1 by
-    support; macro_f1: the plain mean over the classes that are true of any row. nan without rows."""
+    """Emotion classes. accuracy: share of rows with pred = true (IEMOCAP's papers call it WA); weighted_f1: the
+    mean of the classes' F1 by support. macro_f1 and unweighted_accuracy (UA): the plain means of F1 and recall
+    over the classes that are true of any row. nan without rows."""
     rows = len(true)
     if rows == 0:
-        return dict.fromkeys(("accuracy", "weighted_f1", "macro_f1"), nan)
+        return dict.fromkeys(("accuracy", "weighted_f1", "macro_f1", "unweighted_accuracy"), nan)
     n = int(np.max(true)) + 1           # a class above is never true: its weight is 0
     counts = confusion(pred, true, n)
-    _, _, f1, support = per_class(counts)
+    _, recall, f1, support = per_class(counts)
     return {
         "accuracy": float(counts.trace() / rows),
         "weighted_f1": float(f1 @ support / rows),
         "macro_f1": float(f1[support > 0].mean()),
+        "unweighted_accuracy": float(recall[support > 0].mean()),
     }
 
 
@@ -293,8 +295,15 @@ class Result:
     def line(self) -> str:
         """As "accuracy 0.5000, weighted f1 0.4500, macro f1 0.4000, unparsed 1/4, out of range 0/4"."""
         n = len(self.true)
-        scores = in_words(self.scores)
-        return f"{scores}, unparsed {self.unparsed}/{n}, out of range {self.out_of_range}/{n}"
+        return f"{self.words()}, unparsed {self.unparsed}/{n}, out of range {self.out_of_range}/{n}"
+
+    def words(self) -> str:
+        """The scores; those that classes of one size have twice, once."""
+        scores = dict(self.scores)
+        for plain, weighted in (("macro_f1", "weighted_f1"), ("unweighted_accuracy", "accuracy")):
+            if plain in scores and f"{scores[plain]:.4f}" == f"{scores[weighted]:.4f}":
+                del scores[plain]
+        return in_words(scores)
 
     def table(self) -> str:
         """Truth by prediction, intensities in whole numbers or the bins of acc5; of classes also their F1."""

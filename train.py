@@ -34,7 +34,7 @@ from eval import metrics_of, side_by_side
 from model import CheckpointError, Config, default_dtype, load_llm
 from reports.clip import feature_range
 from reports.pictures import report
-from reports.tables import in_names, in_words, read_record, recorded, summarize, write_results, write_table
+from reports.tables import in_names, read_record, recorded, summarize, write_results, write_table
 from support.check import check_task
 from support.files import UserError, brief, json_bytes, printable, read_json, write_atomic
 from support.guards import check_device, device_advice, failed_device, locked, run_program, uninterrupted
@@ -632,7 +632,7 @@ def test(run: Run, split: Split) -> dict:
     if s.modality != "text":
         worth = {"all": (result.scores[select], *result.intervals[select])}
         for name, less in ablation(run.best, split, s.eval_batch, s.decode, s.readout):
-            print(f"test {name}: {in_words(less.scores)}", flush=True)
+            print(f"test {name}: {less.words()}", flush=True)
             worth[name] = (less.scores[select], *less.intervals[select])
     publish(run, result.picture(), worth)
     family = run.net.llm.config.family

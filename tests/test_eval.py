@@ -140,7 +140,10 @@ def test_scoring_of_odd_answers():
     classes = score(["0", "joy", "9", " 4"], [0, 0, 0, 4], meld)
     assert (classes.values, classes.unparsed, classes.out_of_range) == ([0, None, 9, 4], 1, 1)
     assert classes.scores["accuracy"] == 0.5
-    assert classes.line() == "accuracy 0.5000, weighted f1 0.6250, macro f1 0.7500, unparsed 1/4, out of range 1/4"
+    assert classes.line() == ("accuracy 0.5000, weighted f1 0.6250, macro f1 0.7500, unweighted accuracy 0.6667, "
+                              "unparsed 1/4, out of range 1/4")
+    same = score(["0", "4"], [0, 4], meld)                  # classes of one size: once
+    assert same.line() == "accuracy 1.0000, weighted f1 1.0000, unparsed 0/2, out of range 0/2"
     answers = ["245.0", "what", "-1.0", "（1"]
     ours, release = (score(answers, [3.0, 1.0, -1.0, 1.0], mosei, official) for official in (False, True))
     assert ours.pred.tolist() == [3, 0, -1, 0] and release.pred.tolist() == [245, 0, -1, 0]

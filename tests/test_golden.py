@@ -146,6 +146,20 @@ def test_the_twelve_prompts(family, task):
         assert TASKS["mosi"].wording(family, official=True)[:6] == wording(family, official=True)[:6]
 
 
+def test_the_prompt_of_iemocap_is_its_own_for_qwen():
+    wording = TASKS["iemocap"].wording
+    classes = "<hap: 0, sad: 1, neu: 2, ang: 3, exc: 4, fru: 5>"
+    prompt = f"{EN_CLASS} label{SPACES}    set {classes}. Assistant: The emotion is"
+    assert wording("qwen", official=True).prompt == wording("qwen3", official=True).prompt == prompt
+    ours = f"{EN_CLASS} target set {classes.replace(': ', ':')}. Assistant: The emotion is"
+    assert wording("qwen").prompt == wording("llama", official=True).prompt == ours
+    assert preset("iemocap", "qwen") == (5e-4, 4, 30, 4, 32, 32)
+    sims, simsv2 = TASKS["sims"], TASKS["simsv2"]
+    for family in ("llama", "qwen", "chatglm"):
+        assert sims.wording(family, official=True)[:7] == simsv2.wording(family, official=True)[:7]
+        assert preset("sims", family) == preset("simsv2", family)
+
+
 def test_token_ids_of_the_real_tokenizers(golden):
     tokenizer = load_tokenizer(need_shared("tokenizers", golden.info["family"]))
     replay = Replay(golden.info, golden.out)

@@ -145,7 +145,9 @@ def slow_sims(pred, true):
 
 
 def slow_classes(pred, true):
-    return dict(zip(("accuracy", "weighted_f1", "macro_f1"), slow_accuracy_f1(pred, true)))
+    recalls = [sum(p == t for p, t in zip(pred, true) if t == k) / true.count(k) for k in set(true)]
+    names = ("accuracy", "weighted_f1", "macro_f1", "unweighted_accuracy")
+    return dict(zip(names, (*slow_accuracy_f1(pred, true), sum(recalls) / len(recalls))))
 
 
 TIES = [0.0, -0.0, 0.1, -0.1, 0.4, -0.4, 0.7, -0.7, 0.5, -0.5, 1.0, -1.0, 1.5, -1.5, 2.0, -2.0, 2.5, -2.5, 3.0, -3.0,
@@ -217,7 +219,9 @@ def test_classes_equal_scikit_learn():
         there = dict(labels=np.unique(true), average="macro", zero_division=0)
         assert ours["macro_f1"] == pytest.approx(sk.f1_score(true, pred, **there))
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")                                         # about y_pred holding other classes
+            warnings.simplefilter("ignore")
+            assert ours["unweighted_accuracy"] == pytest.approx(sk.balanced_accuracy_score(true, pred))
+                                                                                    # about y_pred holding other classes
             theirs = sk.precision_recall_fscore_support(true, pred, labels=labels, zero_division=0)
             matrix = sk.confusion_matrix(true, pred, labels=[*labels, -1])
         np.testing.assert_allclose(per_class(confusion(pred, true, k)), theirs, atol=1e-12)
@@ -265,7 +269,7 @@ def undefined(scores) -> set:
 
 
 @pytest.mark.parametrize("metric, pred, true, names", [
-    (class_metrics, [], [], "accuracy weighted_f1 macro_f1"), (class_metrics, [-1], [0], ""),
+    (class_metrics, [], [], "accuracy weighted_f1 macro_f1 unweighted_accuracy"), (class_metrics, [-1], [0], ""),
     (mosei_metrics, [], [], "has0_acc2 has0_f1 non0_acc2 non0_f1 acc5 acc7 mae corr"),
     (simsv2_metrics, [], [], "acc2 f1 weak_acc2 acc3 acc5 mae corr r2"),
     (mosei_metrics, [1], [2], "corr"), (simsv2_metrics, [1], [.2], "corr r2"),
@@ -292,7 +296,8 @@ def test_answers_that_are_no_number():
         assert simsv2_metrics([endless, .2, -.6], [1.0, .2, -.6])["r2"] == 1
     assert mosei_metrics([1e30, 1.0, -2.0], [3.0, 1.0, -2.0])["mae"] == pytest.approx(1e30 / 3)
     assert class_metrics([1e300, inf, 2.5, 7, 2], [0, 1, 2, 2, 2]) == {
-        "accuracy": 1 / 5, "weighted_f1": 3 / 5 * 2 / 4, "macro_f1": 2 / 4 / 3}
+        "accuracy": 1 / 5, "weighted_f1": 3 / 5 * 2 / 4, "macro_f1": 2 / 4 / 3,
+        "unweighted_accuracy": pytest.approx(1 / 9)}
 
 
 def test_what_cannot_be_scored_is_refused():
@@ -333,7 +338,7 @@ def test_always_neutral_on_meld():
     scores = class_metrics(np.zeros(len(true)), true)
     assert len(true) == 2610 and confusion(np.zeros(2610), true, 7)[0, 0] == 1256
     assert {k: round(v, 4) for k, v in scores.items()} == {
-        "accuracy": 0.4812, "weighted_f1": 0.3127, "macro_f1": 0.0928}
+        "accuracy": 0.4812, "weighted_f1": 0.3127, "macro_f1": 0.0928, "unweighted_accuracy": 0.1429}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -342,7 +347,8 @@ def test_always_neutral_on_meld():
 def test_every_task_has_metrics():
     assert {name: metrics_of(task).__name__ for name, task in TASKS.items()} == {
         "meld": "class_metrics", "cherma": "class_metrics", "demo": "class_metrics",
-        "mosei": "mosei_metrics", "mosi": "mosei_metrics", "simsv2": "simsv2_metrics"}
+        "iemocap": "class_metrics", "mosei": "mosei_metrics", "mosi": "mosei_metrics",
+        "simsv2": "simsv2_metrics", "sims": "simsv2_metrics"}
     assert metrics_of(replace(MOSEI, name="new")) is mosei_metrics
     assert metrics_of(replace(SIMS, name="new")) is simsv2_metrics
     assert metrics_of(replace(CLASSES, name="new", labels=("no", "yes"))) is class_metrics
