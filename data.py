@@ -534,7 +534,8 @@ def find_data(task: Task, data_dir, split: str, fetch: bool = False) -> Path:
         advice = ("put it there; github.com/thuiar/MMSA or, for emotions, github.com/AZYoung233/MSE-Adapter tells "
                   "where it is published")
     if task.hub and not found:
-        advice = f"try --download, or: hf download {task.hub} --repo-type dataset --local-dir {data_dir}"
+        advice = (f"name its folder with --data-dir, or get it: python data.py {task.name} --download, or "
+                  f"hf download {task.hub} --repo-type dataset --local-dir {data_dir}")
         folder = hub_folder(task.hub, "dataset", [f"*{Path(name).name}"], fetch)
         if folder:
             found = candidates(task, folder, split)

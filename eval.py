@@ -720,7 +720,7 @@ def score_split(net: MultimodalLLM, split: Split, run: Path, settings: dict, arg
 
 def answer_clip(net: MultimodalLLM, run: Path, args) -> str:
     """What is found of the clip on the command line, for people or as JSON."""
-    paths = {"audio": args.audio, "video": args.video}
+    paths = {kind: getattr(args, kind) for kind in FEATURES}
     ranges = read_json(run / "features.json")
     row, notes = clip_row(net, args.text, paths, ranges)
     report = one_clip(net, row)
@@ -767,7 +767,8 @@ def parse_args():
     args = parser.parse_args()
     if len(args.run) > 1 and not args.compare:
         parser.error("several runs are for --compare")
-    if args.text is None and (args.audio or args.video or args.json):
+    given = [kind for kind in FEATURES if getattr(args, kind)]
+    if args.text is None and (given or args.json):
         parser.error("--audio, --video and --json belong to --text, which may be empty")
     return args
 

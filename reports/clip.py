@@ -93,7 +93,7 @@ def clip_row(net: MultimodalLLM, text: str, paths: dict, ranges: dict) -> tuple:
     return row, notes
 
 
-def clips(net: MultimodalLLM, texts: list, audio=None, video=None) -> Split:
+def clips(net: MultimodalLLM, texts: list, audio, video) -> Split:
     """Clips as a split without true labels. audio, video: an array (frames, features) or None for each text;
     None: of none. Raises UserError for other shapes."""
     given = {"audio": audio, "video": video}
