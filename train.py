@@ -342,6 +342,11 @@ def train_epoch(run: "Run", train: Split, recompute: int):
                 run.say(line, epoch + run.step / steps)
 
 
+def is_score(x) -> bool:
+    """Is it a number that can be logged? nan and infinities are scores, too."""
+    return isinstance(x, float) or type(x) is int and abs(x) < 2**63
+
+
 def print_epoch(run: "Run", result, valid: Split):
     """One line for the epoch, three validation rows, and an alarm where something looks wrong."""
     now = run.log[-1]
@@ -507,17 +512,24 @@ class Run:
         """Raise ValueError unless a state held what `save` writes. groups: optimizer_groups before."""
         if self.optimizer_groups() != groups:
             raise ValueError("the optimizer's settings")
+        kept = set()                        # what the optimizer keeps of a parameter, by names
         for p, moments in self.optimizer.state.items():
-            if any(x.shape not in ((), p.shape) for x in moments.values()):
-                raise ValueError("the optimizer's shapes")
-        numbers = [self.step, *self.losses.tolist(), self.began, *self.scaler.state_dict().values()]
+            kept.add(tuple(moments))
+            if any(x.shape not in ((), p.shape) or not x.is_floating_point() for x in moments.values()):
+                raise ValueError("the optimizer's moments")
+        if len(kept) > 1:
+            raise ValueError("the optimizer's moments")
+        numbers = [self.began, *self.scaler.state_dict().values()]
+        if not all(isinstance(x, (int, float)) and math.isfinite(x) for x in numbers):
+            raise ValueError("times")
+        if type(self.step) is not int or self.losses.shape != (self.step,) or self.losses.dtype != torch.float32:
+            raise ValueError("the losses")
+        names = {"epoch", "loss", "losses", "learning_rate", "seconds", "valid_unparsed"}
+        names.add(f"valid_{self.task.select}")
         for entry in self.log:
-            numbers += [entry["epoch"], entry["loss"], entry["learning_rate"], entry["seconds"]]
-            numbers += [entry["valid_unparsed"], abs(entry[f"valid_{self.task.select}"])]
-        if not all(isinstance(x, (int, float)) and -math.inf < x < math.inf for x in numbers):
-            raise ValueError("numbers that are none")
-        if not isinstance(self.step, int) or self.step < 0:
-            raise ValueError(f"step {self.step!r:.40}")
+            values = [value for name, value in entry.items() if name != "losses"] + entry["losses"]
+            if not names <= entry.keys() or not all(is_score(x) for x in values):
+                raise ValueError("an entry of the log")
 
 
 # --- Records ------------------------------------------------------------------------------------------------

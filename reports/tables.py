@@ -157,9 +157,11 @@ def read_record(file: Path) -> dict:
     whole = record["data"] in TASKS
     for name, value in record.items():
         kind = kinds.get(name, str | int | float | None)
-        if name.startswith("test_"):
+        if name.startswith(("test_", "valid_")):
             kind = int | float | None       # None: it was not defined
         whole = whole and isinstance(value, kind)
+        if isinstance(value, (int, float)):
+            whole = whole and abs(value) < 1e300        # nan, too, is damage
     if not whole:
         raise UserError(f"{file}: damaged; train again with --overwrite")
     return record
@@ -197,27 +199,16 @@ def summarize(records: list):
         if name.startswith("test_") and name != "test_rows":
             values = [record.get(name) for record in records]
             scores[name.removeprefix("test_")] = np.array(values, float)
-    print("seed".ljust(10) + "".join(name.rjust(13) for name in scores))
-    for i, record in enumerate(records):
-        print_line(record["seed"], [x[i] for x in scores.values()])
-    print_line("mean", [x.mean() for x in scores.values()])
-    print_line("std", [x.std(ddof=1) for x in scores.values()])
-    worst = []
+    columns = [["seed", *[record["seed"] for record in records], "mean", "std", "worst"]]
     for name, x in scores.items():
-        if name in ("mae", "unparsed"):         # where less is better
-            worst.append(x.max())
-        else:
-            worst.append(x.min())
-    print_line("worst", worst)
+        less_is_better = name in ("mae", "unparsed")
+        worst = x.max() if less_is_better else x.min()
+        columns.append([name, *[f"{value:.4f}" for value in (*x, x.mean(), x.std(ddof=1), worst)]])
+    print(aligned(zip(*columns)))
     first = records[0]
     rows = TASKS[first["data"]].rows.get("test", first["test_rows"])
     if first["test_rows"] == rows and not first.get("changed"):
         compare_with_release(scores, recorded(first["family"], first["data"]))
-
-
-def print_line(label, values):
-    cells = [f"{value:13.4f}" for value in values]
-    print(f"{label!s:10}" + "".join(cells))
 
 
 def compare_with_release(scores: dict, published: dict):
