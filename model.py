@@ -273,14 +273,16 @@ class Int8Product(torch.autograd.Function):
 
 def widen(weight, scale):
     """int8 (rows, columns) and the scale of each row (rows,) -> W in the scale's dtype."""
-    return weight.to(scale.dtype) * scale[:, None]
+    return weight.to(scale.dtype).mul_(scale[:, None])      # in place: one widened copy at a time
 
 
 def to_int8(w, dtype):
-    """W (rows, columns) in fp32 -> int8 of the same shape and the scale of each row, (rows,) in `dtype`."""
-    scale = (w.abs().amax(dim=1) / 127).to(dtype)
-    steps = w / scale.float().clamp(min=1e-30)[:, None]     # a row of zeros has scale 0
-    return steps.round().clamp(-127, 127).to(torch.int8), scale
+    """W (rows, columns) in fp32, which is used up -> int8 of the same shape and the scale of each row, (rows,)
+    in `dtype`."""
+    largest = torch.maximum(w.amax(dim=1), -w.amin(dim=1))
+    scale = (largest / 127).to(dtype)
+    w.div_(scale.float().clamp(min=1e-30)[:, None])         # a row of zeros has scale 0
+    return w.round_().clamp_(-127, 127).to(torch.int8), scale
 
 
 class Int8Linear(nn.Module):
