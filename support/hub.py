@@ -17,6 +17,9 @@ def find_llm(name, fetch: bool = False) -> Path:
     """The checkpoint's folder, given that or a hub name. Raises DataError that says how to get it."""
     if Path(name).is_dir():
         return Path(name)
+    if Path(name).is_file():
+        raise DataError(f"{name}: a file; name the folder of a checkpoint, with config.json, tokenizer and whole "
+                        "weights in .safetensors (GGUF is not read)")
     folder = hub_folder(str(name), "model", LLM_FILES, fetch)
     if folder is None:
         raise DataError(f"{name}: no such backbone, neither as a folder nor in the hub's cache; name its "
