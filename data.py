@@ -531,8 +531,8 @@ def find_data(task: Task, data_dir, split: str, fetch: bool = False) -> Path:
     found = candidates(task, root, split)
     advice = 'the page says under "Your own data" what it holds and how to make it'
     if task.rows:                       # it is published
-        advice = ("put it there; github.com/thuiar/MMSA or, for emotions, github.com/AZYoung233/MSE-Adapter tells "
-                  "where it is published")
+        advice = ("put it there; github.com/thuiar/MMSA or, for emotions, github.com/AZYoung233/MSE-Adapter "
+                  "tells where it is published")
     if task.hub and not found:
         advice = (f"name its folder with --data-dir, or get it: python data.py {task.name} --download, or "
                   f"hf download {task.hub} --repo-type dataset --local-dir {data_dir}")

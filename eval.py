@@ -99,9 +99,9 @@ def per_class(counts: np.ndarray) -> tuple:
 
 
 def class_metrics(pred, true) -> dict:
-    """Emotion classes. accuracy: share of rows with pred = true (IEMOCAP's papers call it WA); weighted_f1: the
-    mean of the classes' F1 by support. macro_f1 and unweighted_accuracy (UA): the plain means of F1 and recall
-    over the classes that are true of any row. nan without rows."""
+    """Emotion classes. accuracy (WA in IEMOCAP's papers): share of rows with pred = true; weighted_f1: the
+    mean of the classes' F1 by support; macro_f1 and unweighted_accuracy (UA): the plain means of F1 and of
+    recall over the classes that are true of any row. nan without rows."""
     rows = len(true)
     if rows == 0:
         return dict.fromkeys(("accuracy", "weighted_f1", "macro_f1", "unweighted_accuracy"), nan)

@@ -256,8 +256,8 @@ class Recompute(torch.autograd.Function):
 class Int8Product(torch.autograd.Function):
     """x W^T with a frozen W that is kept in 8 bits: W = weight * scale, one scale for each row of W.
 
-    W is widened for the moment of each product, forward and backward. Autograd keeps `weight` and `scale`, which
-    are there anyway; of the same written as plain operations it would keep every block's widened W.
+    W is widened for the moment of each product, forward and backward. Autograd keeps `weight` and `scale`,
+    which are there anyway; of the same in plain operations it would keep the widened W of every block.
     """
 
     @staticmethod
@@ -277,7 +277,7 @@ def widen(weight, scale):
 
 
 def to_int8(w, dtype):
-    """W (rows, columns) in fp32, which is used up -> int8 of the same shape and the scale of each row, (rows,)
+    """W (rows, columns) in fp32, which is used up -> int8 of the same shape, and the scale of each row (rows,)
     in `dtype`."""
     largest = torch.maximum(w.amax(dim=1), -w.amin(dim=1))
     scale = (largest / 127).to(dtype)
@@ -286,8 +286,8 @@ def to_int8(w, dtype):
 
 
 class Int8Linear(nn.Module):
-    """A frozen linear layer in half the memory of 16 bits. An entry is off by at most half a step, 1/254 of the
-    largest in its row; and each product takes the time to widen W."""
+    """A frozen linear layer in half the memory of 16 bits. An entry is off by at most half a step, 1/254 of
+    the largest in its row. Each product takes the time to widen W."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
@@ -402,8 +402,8 @@ class LLM(nn.Module):
         return new
 
     def make_int8(self):
-        """Let the blocks' linear layers be Int8Linear; embedding and head stay as they are. On the meta device:
-        the numbers come from load_llm."""
+        """Let the blocks' linear layers be Int8Linear; embedding and head stay as they are. The numbers come
+        from load_llm."""
         for block in self.blocks:
             for part in (block.attn, block.mlp):
                 for name, layer in list(part.named_children()):
@@ -455,7 +455,7 @@ def default_dtype(device) -> torch.dtype:
 
 def load_llm(path, device="cpu", dtype=torch.float32) -> LLM:
     """Load a checkpoint folder (config.json, .safetensors or .bin files) onto `device` in `dtype`, frozen.
-    torch.int8: the blocks' matrices in 8 bits, see Int8Linear; all else, and what is computed, in default_dtype.
+    torch.int8: the blocks' matrices in 8 bits, see Int8Linear; all else and what is computed in default_dtype.
     Raises CheckpointError that names each missing, unused or misshapen tensor, both shapes and the file."""
     path = Path(path)
     int8 = dtype == torch.int8
@@ -610,7 +610,8 @@ def check_pickle(program: bytes):
         if step.name in ("BINPUT", "LONG_BINPUT"):
             made_by[value] = before
         # Not tuples: such that hold one another twice, forty deep, would be walked through for ever.
-        if step.name in ("BINGET", "LONG_BINGET") and made_by[value] not in ("BINUNICODE", "GLOBAL", "REDUCE"):
+        reused = step.name in ("BINGET", "LONG_BINGET")
+        if reused and made_by[value] not in ("BINUNICODE", "GLOBAL", "REDUCE"):
             raise TypeError("parts of it are used twice")
         before = step.name
 
@@ -654,7 +655,7 @@ def check_tensors(path: Path, llm: LLM, stored: dict):
         else:
             taken += x.nbytes
     held = sum(file.stat().st_size for file in {file for file, _ in stored.values()})
-    if taken > 2 * held:            # .bin files can repeat a number; twice: a tied head is the embedding again
+    if taken > 2 * held:            # a .bin can repeat a number; twice: a tied head is the embedding again
         problems.append(f"they take {taken} bytes, but the files have {held}; fetch them again")
     if twice and not problems:
         _, first = stored[embedding]
@@ -740,21 +741,22 @@ def read_sizes(file: Path) -> dict:
     if family == "chatglm":                     # it turns half of each head
         sizes["rope_dim"] //= 2
     if sizes["rope_dim"] % 2 or not sizes["rope_dim"]:
-        raise CheckpointError(f"{file}: {sizes['rope_dim']} channels of a head cannot turn in pairs; fetch the "
-                              "file again")
+        raise CheckpointError(f"{file}: {sizes['rope_dim']} channels of a head cannot turn in pairs; fetch "
+                              "the file again")
     return sizes
 
 
 def check_number(keys: str, value, low, high, file: Path):
-    """Raise CheckpointError unless a value is a number of the limits' type, between them. 1 for 1.0 will do."""
+    """Raise CheckpointError unless a value is a number of the limits' type, between them; 1 for 1.0 will do."""
     kinds = [type(low)]
     if type(low) is float:
         kinds.append(int)
     if type(value) not in kinds or not low <= value <= high:
         problem = "missing" if value is None else repr(value)[:80]
         keys = keys.replace(" ", " or ")
-        raise CheckpointError(f"{file}: {keys} is {problem}, expected {low} to {high} ({type(low).__name__}); "
-                              "fetch the file again")
+        kind = type(low).__name__
+        raise CheckpointError(f"{file}: {keys} is {problem}, expected {low} to {high} ({kind}); fetch the file "
+                              "again")
 
 
 def lift_rope(raw: dict, file: Path) -> tuple:
@@ -771,8 +773,8 @@ def lift_rope(raw: dict, file: Path) -> tuple:
                 check_number(name, value, 1e-3, 2.0**40, file)
             _, low, high, _ = scaling
             if low >= high:
-                raise CheckpointError(f"{file}: low_freq_factor is {low} and high_freq_factor {high}, expected "
-                                      "a larger one; fetch the file again")
+                raise CheckpointError(f"{file}: low_freq_factor is {low} and high_freq_factor {high}; expected "
+                                      "the second to be larger; fetch the file again")
         elif kind != "default":
             raise CheckpointError(f"{file}: {key} is {rope!r:.100}, but only plain rotary embedding and "
                                   "llama3's are here; use a model without (where it was added for length, "

@@ -137,7 +137,7 @@ class Settings:
     device: str = setting(
         str, "auto", "cpu, cuda, cuda:1, mps, ...; auto takes a GPU if there is one", report=False)
     dtype: str = setting(
-        DTYPES, "auto", "of the backbone; int8 takes half the memory of 16 bits, see Int8Linear", report=False)
+        DTYPES, "auto", "of the backbone; int8 takes half the memory of 16 bits", report=False)
     overwrite: bool = setting(bool, False, "discard what the run's folder holds", free=True)
     download: bool = setting(bool, False, "fetch data set and backbone if they are not here", free=True)
 
@@ -522,7 +522,8 @@ class Run:
         numbers = [self.began, *self.scaler.state_dict().values()]
         if not all(isinstance(x, (int, float)) and math.isfinite(x) for x in numbers):
             raise ValueError("times")
-        if type(self.step) is not int or self.losses.shape != (self.step,) or self.losses.dtype != torch.float32:
+        fp32 = self.losses.dtype == torch.float32
+        if type(self.step) is not int or self.losses.shape != (self.step,) or not fp32:
             raise ValueError("the losses")
         names = {"epoch", "loss", "losses", "learning_rate", "seconds", "valid_unparsed"}
         names.add(f"valid_{self.task.select}")
@@ -720,7 +721,8 @@ def load_splits(settings: Settings) -> dict:
     for kind in FEATURES:
         widths = {name: getattr(split, kind)[0].shape[1] for name, split in splits.items()}
         if len(set(widths.values())) > 1:
-            raise UserError(f"{data_dir}: {kind} features of a frame: {widths}; expected as many in each split")
+            raise UserError(f"{data_dir}: {kind} features of a frame: {widths}; expected as many in each "
+                            "split")
     return splits
 
 

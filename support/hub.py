@@ -18,12 +18,12 @@ def find_llm(name, fetch: bool = False) -> Path:
     if Path(name).is_dir():
         return Path(name)
     if Path(name).is_file():
-        raise DataError(f"{name}: a file; name the folder of a checkpoint, with config.json, tokenizer and whole "
-                        "weights in .safetensors (GGUF is not read)")
+        raise DataError(f"{name}: a file; name the folder of a checkpoint, with config.json, tokenizer and "
+                        "whole weights in .safetensors (GGUF is not read)")
     folder = hub_folder(str(name), "model", LLM_FILES, fetch)
     if folder is None:
         raise DataError(f"{name}: no such backbone, neither as a folder nor in the hub's cache; name its "
-                        f"folder with --llm, or get it: hf download {name} (train.py does so with --download)")
+                        f"folder with --llm, or get it: hf download {name} (or train.py --download)")
     if fetch and not any(folder.glob("*.safetensors")):
         hub_folder(str(name), "model", ["*.bin"], fetch)        # an old one has its weights in this format
     return folder

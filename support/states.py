@@ -34,7 +34,8 @@ def load_state(folder: Path):
         data = file.read_bytes()
         if file.stem.endswith(hashlib.sha256(data).hexdigest()):
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        print(printable(f"{file}: damaged (its sha256 is not the one in its name), using the state before it"))
+        problem = "damaged (its sha256 is not the one in its name), using the state before it"
+        print(printable(f"{file}: {problem}"))
     if files:
         raise UserError(f"{folder}: no undamaged state is left; start again with --overwrite")
     return None
