@@ -505,16 +505,19 @@ class Run:
         print(f"continuing after epoch {len(self.log)}, step {self.step}", flush=True)
 
     def optimizer_groups(self) -> list:
-        """Its settings; the learning rate is set before each step."""
-        return [{**group, "params": len(group["params"]), "lr": 0} for group in self.optimizer.param_groups]
+        """Its settings, but for the learning rate, which is set before each step."""
+        groups = []
+        for group in self.optimizer.param_groups:
+            groups.append({**group, "params": len(group["params"]), "lr": type(group.get("lr"))})
+        return groups
 
     def check_loaded(self, groups: list):
         """Raise ValueError unless a state held what `save` writes. groups: optimizer_groups before."""
         if self.optimizer_groups() != groups:
             raise ValueError("the optimizer's settings")
-        kept = set()                        # what the optimizer keeps of a parameter, by names
+        kept = set()                        # what the optimizer keeps of each parameter: the same
         for p, moments in self.optimizer.state.items():
-            kept.add(tuple(moments))
+            kept.add(tuple((name, x.dim() == 0) for name, x in moments.items()))
             if any(x.shape not in ((), p.shape) or not x.is_floating_point() for x in moments.values()):
                 raise ValueError("the optimizer's moments")
         if len(kept) > 1:
@@ -527,6 +530,8 @@ class Run:
             raise ValueError("the losses")
         names = {"epoch", "loss", "losses", "learning_rate", "seconds", "valid_unparsed"}
         names.add(f"valid_{self.task.select}")
+        if type(self.log) is not list:
+            raise ValueError("the log")
         for entry in self.log:
             values = [value for name, value in entry.items() if name != "losses"] + entry["losses"]
             if not names <= entry.keys() or not all(is_score(x) for x in values):

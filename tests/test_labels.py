@@ -16,6 +16,7 @@ from adapter import AdapterConfig, MultimodalLLM, load_adapter, save_adapter
 from data import TASKS, Split, Task, collate, load_split, load_tokenizer, preset, share_of
 from eval import alarms, evaluate, metrics_of, score, score_labels
 from support.files import UserError
+from support.pickles import read_pickle
 
 DEMO = HERE.parent / "demo" / "llm"
 TWELVE = Task("twelve", labels=tuple("abcdefghijkl"), text_len=40)
@@ -189,7 +190,7 @@ def test_a_seed_twice_is_refused(tmp_path):
 def write_own(folder, splits):
     """Rows of a task "own" with an intensity that their length tells."""
     for split in splits:
-        rows = pickle.loads((HERE.parent / "demo" / f"demo_{split}.pkl").read_bytes())[:20 if split == "train" else 6]
+        rows = read_pickle(HERE.parent / "demo" / f"demo_{split}.pkl")[:20 if split == "train" else 6]
         for row in rows:
             row["label"] = round(len(row["features"]["text"]) % 20 / 10 - 1, 1)
         (folder / f"own_{split}.pkl").write_bytes(pickle.dumps(rows, 4))

@@ -2,7 +2,6 @@
 import base64
 import json
 import os
-import pickle
 import random
 import unicodedata
 from functools import cache
@@ -15,6 +14,7 @@ import tokenizers
 from conftest import need_shared, need_smollm2
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
+from support.pickles import read_pickle
 from support.files import DataError
 from support.tokenizers import CHATGLM3_SPECIALS, QWEN_SPECIALS, SPELL, ByteBPE, load_tokenizer, special_names
 
@@ -59,7 +59,7 @@ def random_strings(count: int, seed: int = 0) -> list[str]:
 
 @cache
 def meld_texts() -> list[str]:
-    rows = pickle.loads(need_shared("data/MELD/meld_train.pkl").read_bytes())
+    rows = read_pickle(need_shared("data/MELD/meld_train.pkl"))
     return [row["features"]["text"] for row in rows[:5000]]
 
 
