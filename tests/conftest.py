@@ -2,6 +2,7 @@
 import json
 import os
 import pickle
+import signal
 import zlib
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from support.pickles import read_pickle
 
 HERE = Path(__file__).resolve().parent
 SHARED = HERE / "../../shared"          # beside the repository: real tokenizers, a real tiny LLM
+signal.signal(signal.SIGINT, signal.default_int_handler)        # what a script starts with "&" ignores it
 torch.set_num_threads(1)                # for tensors this small a second thread only waits
 
 
