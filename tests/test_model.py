@@ -3,6 +3,7 @@
 Backbones are in float64 here: see `tiny64` and `near` in conftest.py.
 """
 import copy
+import gc
 import math
 
 import pytest
@@ -527,4 +528,12 @@ def test_a_backbone_in_8_bits(tiny, tmp_path, family):
     near(gradients[0], gradients[1], 1e-5)
     assert torch.equal(gradients[1], gradients[2])
     row = x.clone().requires_grad_()
-    assert kept_bytes(llm, row, 0) == kept_bytes(twin, row, 0)          # nothing widened is kept for backward
+    shapes = {twin.get_parameter(name).shape for name in matrices}
+
+    def widened() -> int:
+        return sum(type(x) is torch.Tensor and x.shape in shapes and x.is_floating_point() for x in gc.get_objects())
+
+    before = widened()
+    kept = llm(row)                                                     # while it lives, so does what is kept
+    assert widened() == before and kept.requires_grad                   # nothing widened is kept for backward
+    assert kept_bytes(llm, row, 0) == kept_bytes(twin, row, 0)
