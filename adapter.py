@@ -298,7 +298,8 @@ def load_adapter(path, llm, tokenizer, task, official: bool = False) -> Multimod
             adapter = MSEAdapter(AdapterConfig(**meta["config"]))
         adapter.load_state_dict(tensors, assign=True)           # raises what is missing, left over, misshapen
     except Exception as error:          # whatever a damaged or hostile file provokes, it was refused
-        raise AdapterError(f"{path}: not a whole saved adapter ({brief(error)}); copy it again") from None
+        raise AdapterError(f"{path}: not a whole saved adapter ({brief(error)}); copy it again, or take the "
+                           "code that it was trained with") from None
     if meta.get("sha256") != digest(tensors):
         raise AdapterError(f"{path}: its numbers are not those that were saved (sha256); copy it again")
     net = MultimodalLLM(llm, adapter, tokenizer, task, official)

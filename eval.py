@@ -5,7 +5,7 @@
     python eval.py RUN --text "Oh, great." --audio a.npy --video v.npy      one clip; --json for programs
     python eval.py RUN --ask "Once upon"    the frozen backbone's plain text
     python eval.py RUN --check-backbone     its logits with and without the adapter, bit by bit
-    python eval.py --compare runs/*         runs by their validation score, with what differs between them
+    python eval.py --compare runs/demo*     runs by their validation score, with what differs between them
 
 From Python:
 
@@ -298,12 +298,7 @@ class Result:
         return f"{self.words()}, unparsed {self.unparsed}/{n}, out of range {self.out_of_range}/{n}"
 
     def words(self) -> str:
-        """The scores; those that classes of one size have twice, once."""
-        scores = dict(self.scores)
-        for plain, weighted in (("macro_f1", "weighted_f1"), ("unweighted_accuracy", "accuracy")):
-            if plain in scores and f"{scores[plain]:.4f}" == f"{scores[weighted]:.4f}":
-                del scores[plain]
-        return in_words(scores)
+        return in_words(self.scores)
 
     def table(self) -> str:
         """Truth by prediction, intensities in whole numbers or the bins of acc5; of classes also their F1."""
@@ -606,10 +601,13 @@ CHOICES = {
 }
 
 
+CODE = ("adapter.py", "data.py", "eval.py", "model.py", "train.py")     # a fork names its further files, too
+
+
 def code_digests() -> dict:
     """{file: digest} of the code that shapes a run; what only prints and draws is left out."""
     digests = {}
-    for file in sorted([*HERE.glob("*.py"), *HERE.glob("support/*.py")]):
+    for file in [*(HERE / name for name in CODE), *sorted(HERE.glob("support/*.py"))]:
         name = file.relative_to(HERE).as_posix()
         digests[name] = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
     return digests
@@ -639,6 +637,8 @@ def read_settings(file: Path) -> dict:
             fits = value in CHOICES[key]
         if fits and key == "valid_share":
             fits = 0 <= value <= 1
+        if key == "data" and isinstance(value, str) and not fits:
+            raise UserError(f"{file}: the task {value!r:.80} is not in TASKS of data.py; add its entry again")
         if not fits:
             raise UserError(f"{file}: {key} is {value!r:.80}, which no run writes; copy the file again")
     return settings
@@ -673,7 +673,7 @@ def predict(net: MultimodalLLM, texts: list, audio=None, video=None) -> list[dic
     audio, video: for each text an array (frames, features) like those of training, or None where it is
     missing; None: of all. Raises UserError for other shapes.
     """
-    if not texts:
+    if len(texts) == 0:
         return []
     return answers(evaluate(net, clips(net, texts, audio, video), 32, "labels"))
 

@@ -329,6 +329,7 @@ def train_epoch(run: "Run", train: Split, recompute: int):
             run.losses = torch.cat((run.losses, loss[None]))
             run.step += 1
             if run.step == steps or time.time() - run.saved > SAVE_SECONDS:     # validation may take long
+                check_finite(run.losses.sum(), run.net)         # what is saved can go on
                 run.save()
         if run.step == 1:
             run.check_gradients()
@@ -497,9 +498,11 @@ class Run:
                 torch.cuda.set_rng_state(random[1], self.settings.device)
             self.began -= seconds
             self.check_loaded(groups)
-        except UserError:                   # all states are damaged
+        except (UserError, OSError):        # all states are damaged, or the disk is
             raise
         except Exception as error:          # whatever a state of another version or make provokes
+            if failed_device(error):
+                raise
             raise UserError(f"{self.folder}: its state is of another version ({brief(error)[:200]}); start "
                             "again with --overwrite") from None
         print(f"continuing after epoch {len(self.log)}, step {self.step}", flush=True)
@@ -568,7 +571,10 @@ def discard(folder: Path, identity: dict):
     is begun again has the same command line, --overwrite included."""
     file = folder / "settings.json"
     if states(folder) and file.is_file() and not (folder / "results.json").is_file():
-        before = read_json(file)
+        try:
+            before = read_json(file)
+        except UserError:
+            before = {}                     # damaged: what is discarded need not be whole
         if before.get("overwrite") is True and not difference(before, identity) and not edited(before):
             print(f"{folder}: going on from a state that this command wrote; delete the folder to start anew")
             return
@@ -663,6 +669,7 @@ def test(run: Run, split: Split) -> dict:
         "backbone": s.backbone(),
         "family": family,
         **{f.name: getattr(s, f.name) for f in fields(Settings) if not f.metadata["free"]},
+        "code": hashlib.sha256(repr(code_digests()).encode()).hexdigest()[:8],
         "changed": changed(s, family),
         f"valid_{select}": best[f"valid_{select}"],
         **{f"test_{name}": value for name, value in result.scores.items()},

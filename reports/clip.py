@@ -97,6 +97,8 @@ def clips(net: MultimodalLLM, texts: list, audio, video) -> Split:
     """Clips as a split without true labels. audio, video: an array (frames, features) or None for each text;
     None: of none. Raises UserError for other shapes."""
     given = {"audio": audio, "video": video}
+    if isinstance(texts, str):
+        raise UserError(f"one text, {texts!r:.60}; expected a list of texts")
     columns = {}
     for modality in FEATURES:
         width = getattr(net.adapter.config, f"{modality}_dim")

@@ -42,9 +42,13 @@ WHY_NAN = {"corr": "predictions or true values are constant or no numbers",
 
 
 def in_words(scores: dict) -> str:
-    """{"weighted_f1": 0.5, "mae": nan} -> "weighted f1 0.5000, mae nan (a prediction is no number)"."""
+    """{"weighted_f1": 0.5, "mae": nan} -> "weighted f1 0.5000, mae nan (a prediction is no number)". What
+    classes of one size have twice is said once."""
     words = []
     for name, value in scores.items():
+        twin = {"macro_f1": "weighted_f1", "unweighted_accuracy": "accuracy"}.get(name)
+        if twin and f"{value:.4f}" == f"{scores[twin]:.4f}":
+            continue
         text = f"{name.replace('_', ' ')} {value:.4f}"
         if np.isnan(value):
             text += f" ({WHY_NAN.get(name, 'no rows')})"
@@ -59,7 +63,9 @@ def in_names(task, values: list) -> list:
         if value is None:
             names.append("no answer")
         elif not task.labels:
-            names.append(f"{value:+.1f}")
+            low, high = task.range
+            beyond = "" if low <= value <= high else ", out of range"
+            names.append(f"{value:+.1f}{beyond}")
         elif value in task.values():
             names.append(task.labels[int(value)])
         else:
@@ -154,7 +160,7 @@ def read_record(file: Path) -> dict:
     """What a results.json holds: see `test` in train.py. Raises UserError if it is anything else."""
     kinds = {"seed": int, "family": str, "data": str, "line": str, "changed": list, "test_rows": int}
     record = read_json(file, kinds)
-    whole = record["data"] in list(TASKS)           # a list: what a file holds may have no hash
+    whole = True
     for name, value in record.items():
         kind = kinds.get(name, str | int | float | None)
         if name.startswith(("test_", "valid_")):
@@ -164,6 +170,8 @@ def read_record(file: Path) -> dict:
             whole = whole and abs(value) < 1e300        # nan, too, is damage
     if not whole:
         raise UserError(f"{file}: damaged; train again with --overwrite")
+    if record["data"] not in TASKS:
+        raise UserError(f"{file}: the task {record['data']!r:.80} is not in TASKS of data.py; add its entry again")
     return record
 
 
@@ -268,7 +276,11 @@ def cell(value) -> str:
     """A number in few digits, a gap for what is not known."""
     if value is None:
         return "-"
-    return f"{value:.4f}" if isinstance(value, float) and value > 0.01 else f"{value}"
+    if not isinstance(value, float):
+        return f"{value}"
+    if 0 < value < 0.01:                # a learning rate, 5e-05
+        return f"{value:.4g}"
+    return f"{value:.4f}"
 
 
 def recorded(family: str, task: str) -> dict:

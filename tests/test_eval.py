@@ -453,6 +453,8 @@ def test_a_net_to_call_from_python(run):
         assert sum(answer["probabilities"].values()) == approx(1)
         assert answer["probability"] == max(answer["probabilities"].values()) == approx(p.max(), rel=1e-4)
     assert eval.predict(net, []) == []
+    with pytest.raises(UserError, match="one text, 'My'; expected a list of texts"):
+        eval.predict(net, "My")
     deaf = eval.predict(net, [split.text[0]])[0]
     assert deaf == eval.predict(net, [split.text[0]], [None], [None])[0] != found[0]
     for audio, words in (([np.ones((3, 5))], "audio of clip 0 is float64 (3, 5); expected numbers (frames, 6)"),
@@ -582,7 +584,7 @@ def test_a_run_that_does_not_fit_is_refused(run, monkeypatch, capsys, change, me
 
 
 @pytest.mark.parametrize("change", [
-    dict(data="x"), dict(data=["demo"]), dict(llm=3), dict(llm="y" * 9999),
+    dict(data=["demo"]), dict(llm=3), dict(llm="y" * 9999),
     dict(data_dir=[]), dict(official="no"), dict(decode="beam"),
     dict(readout=None), dict(eval_batch="x"), dict(eval_batch=0), dict(dtype="load"), dict(dtype={}),
     dict(device=None), dict(valid_share="0.1"), dict(valid_share=None), dict(valid_share=True), dict(valid_share=1.5),
@@ -594,6 +596,13 @@ def test_settings_that_no_run_writes_are_refused(run, monkeypatch, capsys, chang
     with pytest.raises(UserError) as error:
         command(monkeypatch, capsys, run)
     assert str(error.value).endswith(f"settings.json: {key} is {value!r:.80}, which no run writes; copy the file again")
+
+
+def test_a_task_that_is_gone_is_named(run, monkeypatch, capsys):
+    settings = json.loads((run / "settings.json").read_text())
+    (run / "settings.json").write_text(json.dumps(settings | {"data": "mine"}))
+    with pytest.raises(UserError, match="the task 'mine' is not in TASKS of data.py; add its entry again"):
+        command(monkeypatch, capsys, run)
 
 
 @pytest.mark.parametrize("device", ["nonsense", "meta", "cpu:x", "x" * 9999])

@@ -104,6 +104,7 @@ def test_overwrite_typed_again_goes_on(data, finished, tmp_path, monkeypatch, ca
 
 
 def test_overwrite_discards_what_another_command_wrote(data, begun, capsys):
+    (begun / "1111" / "settings.json").write_text("{")                  # damaged, too
     train.main(flags(data, begun, "--overwrite"))
     assert "epoch 1/2" in capsys.readouterr().out
 
@@ -208,10 +209,15 @@ def test_the_table_holds_the_seeds_of_all_processes(data, finished, tmp_path, ca
     scores = [float(line.split()[0]) for line in chosen.splitlines()[-2:]]
     assert scores == sorted(scores, reverse=True) and "not to choose by" in tested
     record = json.loads((tmp_path / "7" / "results.json").read_text())
-    for wrong in ({"test_accuracy": "x"}, {"line": 3}, {"changed": None}, {"data": "x"}, {"dtype": []}):
+    (tmp_path / "7" / "results.json").write_text(json.dumps(record | {"data": "x"}))
+    with pytest.raises(UserError, match="the task 'x' is not in TASKS of data.py; add its entry again"):
+        train.write_table(tmp_path)
+    for wrong in ({"test_accuracy": "x"}, {"line": 3}, {"changed": None}, {"data": []}, {"dtype": []}):
         (tmp_path / "7" / "results.json").write_text(json.dumps(record | wrong))
         with pytest.raises(UserError, match="7.results.json: damaged; train again with --overwrite"):
             train.write_table(tmp_path)
+    shown = {None: "-", 5e-05: "5e-05", 0.0: "0.0000", -0.72039: "-0.7204", 3: "3", "qwen": "qwen"}
+    assert {x: tables.cell(x) for x in shown} == shown
     with pytest.raises(UserError, match="no finished run; expected folders of train.py"):
         eval.compare([data])
 
@@ -274,6 +280,7 @@ def test_a_file_of_the_users_own_is_no_state(data, begun, finished):
 def test_a_run_knows_its_code(data, begun, finished, monkeypatch, capsys):
     now = eval.code_digests()
     assert set(now) >= {"model.py", "adapter.py", "data.py", "eval.py", "train.py", "support/tokenizers.py"}
+    assert set(now) == {*eval.CODE, *(f"support/{file.name}" for file in (HERE.parent / "support").glob("*.py"))}
     monkeypatch.setattr(eval, "code_digests", lambda: now | {"new.py": "0"})        # which nothing uses
     assert eval.edited({"code": now}) == [] and eval.edited({}) == ["its version"]
     monkeypatch.setattr(eval, "code_digests", lambda: now | {"adapter.py": "0"})
@@ -336,6 +343,27 @@ def test_a_device_that_fails_loses_nothing(data, finished, tmp_path, monkeypatch
     assert list(tmp_path.glob("1111/state-0000-000002-*"))
     train.main(flags(data, tmp_path))
     assert essence(tmp_path) == essence(finished)
+
+
+def test_a_device_that_fails_while_a_state_is_read_does_no_harm_to_it(data, begun, monkeypatch):
+    def load(*args, **more):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        patch.setattr(torch, "load", load)
+        train.main(flags(data, begun))
+    assert len(list(begun.glob("1111/state-*"))) == 2
+
+
+def test_what_is_not_finite_is_not_saved(data, tmp_path, monkeypatch):
+    def step(*args, step=train.train_step):
+        return step(*args) * math.nan           # as on a GPU, where no step looks
+
+    monkeypatch.setattr(train, "train_step", step)
+    for _ in range(2):                          # the same command again does not pass it by
+        with pytest.raises(UserError, match="the loss is nan"):
+            train.main(flags(data, tmp_path))
+    assert not list(tmp_path.glob("1111/state-*"))
 
 
 def test_a_mistake_in_the_code_is_no_device_that_fails(data, tmp_path, monkeypatch, capsys):
