@@ -523,6 +523,8 @@ class Run:
             kept.add(tuple((name, x.dim() == 0) for name, x in moments.items()))
             if any(x.shape not in ((), p.shape) or not x.is_floating_point() for x in moments.values()):
                 raise ValueError("the optimizer's moments")
+            if not moments.get("step", 1) >= 1:         # AdamW divides by what it makes of the steps
+                raise ValueError("the optimizer's steps")
         if len(kept) > 1:
             raise ValueError("the optimizer's moments")
         numbers = [self.began, *self.scaler.state_dict().values()]
