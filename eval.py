@@ -295,10 +295,8 @@ class Result:
     def line(self) -> str:
         """As "accuracy 0.5000, weighted f1 0.4500, macro f1 0.4000, unparsed 1/4, out of range 0/4"."""
         n = len(self.true)
-        return f"{self.words()}, unparsed {self.unparsed}/{n}, out of range {self.out_of_range}/{n}"
-
-    def words(self) -> str:
-        return in_words(self.scores)
+        scores = in_words(self.scores)
+        return f"{scores}, unparsed {self.unparsed}/{n}, out of range {self.out_of_range}/{n}"
 
     def table(self) -> str:
         """Truth by prediction, intensities in whole numbers or the bins of acc5; of classes also their F1."""
@@ -613,12 +611,12 @@ def code_digests() -> dict:
     return digests
 
 
-def edited(settings: dict) -> list[str]:
-    """The files of code that are not any more what they were when a run began."""
+def edited(settings: dict, now: dict) -> list[str]:
+    """The files of code that are not any more what they were when a run began. now: code_digests."""
     began = settings.get("code")
     if not isinstance(began, dict):
         return ["its version"]
-    now = code_digests()                # a file that is new here matters only if one of the others uses it
+    # A file that is new in `now` matters only if one of the others uses it.
     return [name for name, digest in began.items() if now.get(name) != digest]
 
 
@@ -783,7 +781,7 @@ def main():
     run = args.run[0]
     settings = read_settings(run / "settings.json")
     task = TASKS[settings["data"]]
-    changed = ", ".join(edited(settings))
+    changed = ", ".join(edited(settings, code_digests()))
     if changed:
         print(printable(f"the run is of other code ({changed} changed since): its answers may differ"),
               file=sys.stderr)

@@ -277,8 +277,8 @@ def widen(weight, scale):
 
 
 def to_int8(w, dtype):
-    """W (rows, columns) in fp32, which is used up -> int8 of the same shape, and the scale of each row (rows,)
-    in `dtype`."""
+    """W (rows, columns) in fp32, which is used up -> int8 of the same shape, and the scale of each row in
+    `dtype`, (rows,)."""
     largest = torch.maximum(w.amax(dim=1), -w.amin(dim=1))
     scale = (largest / 127).to(dtype)
     w.div_(scale.float().clamp(min=1e-30)[:, None])         # a row of zeros has scale 0
@@ -455,7 +455,7 @@ def default_dtype(device) -> torch.dtype:
 
 def load_llm(path, device="cpu", dtype=torch.float32) -> LLM:
     """Load a checkpoint folder (config.json, .safetensors or .bin files) onto `device` in `dtype`, frozen.
-    torch.int8: the blocks' matrices in 8 bits, see Int8Linear; all else and what is computed in default_dtype.
+    torch.int8: the blocks' matrices in 8 bits, see Int8Linear; all else, and what is computed, default_dtype.
     Raises CheckpointError that names each missing, unused or misshapen tensor, both shapes and the file."""
     path = Path(path)
     int8 = dtype == torch.int8
@@ -465,11 +465,15 @@ def load_llm(path, device="cpu", dtype=torch.float32) -> LLM:
         llm = LLM(Config.from_dir(path))
     stored = find_tensors(path)
     check_tensors(path, llm, stored)
+    if int8:
+        llm.make_int8()
     # Tensor by tensor, so that no moment holds the checkpoint a second time.
     weights = {}
     seal = hashlib.sha256()
     for name, parameter in llm.state_dict().items():
-        to_quantise = int8 and name.startswith("blocks.") and parameter.dim() == 2
+        if name.endswith(".scale"):
+            continue                            # is made of its weight
+        to_quantise = parameter.dtype == torch.int8
         kind = torch.float32 if to_quantise else dtype
         weight = torch.empty(parameter.shape, device=device, dtype=kind)
         start = 0
@@ -483,8 +487,6 @@ def load_llm(path, device="cpu", dtype=torch.float32) -> LLM:
         if to_quantise:
             weight, weights[name.replace(".weight", ".scale")] = to_int8(weight, dtype)
         weights[name] = weight
-    if int8:
-        llm.make_int8()
     llm.load_state_dict(weights, assign=True)       # frozen, as it was
     llm.fingerprint = seal.hexdigest()[:16]     # of every number as stored, whatever files and dtype
     return llm
@@ -747,7 +749,7 @@ def read_sizes(file: Path) -> dict:
 
 
 def check_number(keys: str, value, low, high, file: Path):
-    """Raise CheckpointError unless a value is a number of the limits' type, between them; 1 for 1.0 will do."""
+    """Raise CheckpointError unless a value is between the limits and of their type; 1 for 1.0 will do."""
     kinds = [type(low)]
     if type(low) is float:
         kinds.append(int)
@@ -755,8 +757,8 @@ def check_number(keys: str, value, low, high, file: Path):
         problem = "missing" if value is None else repr(value)[:80]
         keys = keys.replace(" ", " or ")
         kind = type(low).__name__
-        raise CheckpointError(f"{file}: {keys} is {problem}, expected {low} to {high} ({kind}); fetch the file "
-                              "again")
+        raise CheckpointError(f"{file}: {keys} is {problem}, expected {low} to {high} ({kind}); fetch the "
+                              "file again")
 
 
 def lift_rope(raw: dict, file: Path) -> tuple:
@@ -773,8 +775,8 @@ def lift_rope(raw: dict, file: Path) -> tuple:
                 check_number(name, value, 1e-3, 2.0**40, file)
             _, low, high, _ = scaling
             if low >= high:
-                raise CheckpointError(f"{file}: low_freq_factor is {low} and high_freq_factor {high}; expected "
-                                      "the second to be larger; fetch the file again")
+                raise CheckpointError(f"{file}: low_freq_factor is {low} and high_freq_factor {high}; "
+                                      "expected the second to be larger; fetch the file again")
         elif kind != "default":
             raise CheckpointError(f"{file}: {key} is {rope!r:.100}, but only plain rotary embedding and "
                                   "llama3's are here; use a model without (where it was added for length, "

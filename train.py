@@ -34,7 +34,7 @@ from eval import metrics_of, side_by_side
 from model import CheckpointError, Config, default_dtype, load_llm
 from reports.clip import feature_range
 from reports.pictures import report
-from reports.tables import in_names, read_record, recorded, summarize, write_results, write_table
+from reports.tables import in_names, in_words, read_record, recorded, summarize, write_results, write_table
 from support.check import check_task
 from support.files import UserError, brief, json_bytes, printable, read_json, write_atomic
 from support.guards import check_device, device_advice, failed_device, locked, run_program, uninterrupted
@@ -545,9 +545,8 @@ class Run:
 
 # --- Records ------------------------------------------------------------------------------------------------
 WRITTEN = ["results.json", "adapter.safetensors", "log.jsonl", "report.svg", "predictions.csv",
-           "metrics.json", "features.json", "settings.json"]
-for name in SPLITS:                 # eval.py's
-    WRITTEN += [f"predictions-{name}.csv", f"metrics-{name}.json"]
+           "metrics.json", "features.json", "settings.json",
+           *[f"predictions-{split}.csv" for split in SPLITS], *[f"metrics-{split}.json" for split in SPLITS]]
 
 
 def chance(task, train: Split, valid: Split) -> float:
@@ -558,14 +557,19 @@ def chance(task, train: Split, valid: Split) -> float:
     return metrics_of(task)(np.full(len(valid), answer), valid.label)[task.select]
 
 
-def publish(run: Run, result=None, worth=None):
+def publish(run: Run):
     """Write the log, the picture and the best adapter. All of it is made again from the state."""
     if run.log:
         log = b"".join(json_bytes(entry) + b"\n" for entry in run.log)
-        picture = report(run.log, run.task.select, run.best_epoch(), run.chance, result, worth)
         write_atomic(run.folder / "log.jsonl", log)
-        write_atomic(run.folder / "report.svg", picture.encode())
+        draw(run)
         write_atomic(run.folder / "adapter.safetensors", adapter_bytes(run.best))
+
+
+def draw(run: Run, result=None, worth=None):
+    """Write report.svg; result, worth: see reports/pictures.py, once the test split is answered."""
+    picture = report(run.log, run.task.select, run.best_epoch(), run.chance, result, worth)
+    write_atomic(run.folder / "report.svg", picture.encode())
 
 
 def discard(folder: Path, identity: dict):
@@ -577,7 +581,8 @@ def discard(folder: Path, identity: dict):
             before = read_json(file)
         except UserError:
             before = {}                     # damaged: what is discarded need not be whole
-        if before.get("overwrite") is True and not difference(before, identity) and not edited(before):
+        other = difference(before, identity) or edited(before, identity["code"])
+        if before.get("overwrite") is True and not other:
             print(f"{folder}: going on from a state that this command wrote; delete the folder to start anew")
             return
     for file in [*states(folder), *(folder / name for name in WRITTEN)]:
@@ -618,7 +623,7 @@ def train_run(settings: Settings, identity: dict, llm, tokenizer, splits: dict) 
         frozen = sum(p.numel() for p in llm.parameters())
         print(f"seed {seed}: {trainable:,} parameters train, {frozen:,} are frozen")
         fit(run, train, valid)
-        record = test(run, splits["test"])
+        record = test(run, splits["test"], identity["code"])
         write_atomic(results, json_bytes(record, indent=1))
         print(f"wrote {folder}")
     # Nothing is left to continue, and drafts of what was killed are of no use.
@@ -638,14 +643,17 @@ def check_same_run(folder: Path, identity: dict) -> str:
     other = difference(before, identity)
     if other:
         raise UserError(f"{folder}: begun with {other}; {advice}")
-    names = ", ".join(edited(before))
+    names = ", ".join(edited(before, identity["code"]))
     if names and not (folder / "results.json").is_file():
         raise UserError(f"{folder}: begun with other code ({names} changed since); {advice}")
     return f" by other code ({names} changed since)" if names else ""
 
 
-def test(run: Run, split: Split) -> dict:
-    """Answer the test split with the best epoch's adapter, in all ways of decoding. Returns the record."""
+def test(run: Run, split: Split, code: dict) -> dict:
+    """Answer the test split with the best epoch's adapter, in all ways of decoding. Returns the record.
+
+    code: code_digests, of what was read when the program began.
+    """
     s = run.settings
     results = evaluate_all(run.best, split, s.eval_batch, s.decode, s.readout)
     write_results(run.folder, split, results)
@@ -658,9 +666,9 @@ def test(run: Run, split: Split) -> dict:
     if s.modality != "text":
         worth = {"all": (result.scores[select], *result.intervals[select])}
         for name, less in ablation(run.best, split, s.eval_batch, s.decode, s.readout):
-            print(f"test {name}: {less.words()}", flush=True)
+            print(f"test {name}: {in_words(less.scores)}", flush=True)
             worth[name] = (less.scores[select], *less.intervals[select])
-    publish(run, result.picture(), worth)
+    draw(run, result.picture(), worth)
     family = run.net.llm.config.family
     peak = 0
     if s.device.startswith("cuda"):
@@ -671,7 +679,7 @@ def test(run: Run, split: Split) -> dict:
         "backbone": s.backbone(),
         "family": family,
         **{f.name: getattr(s, f.name) for f in fields(Settings) if not f.metadata["free"]},
-        "code": hashlib.sha256(repr(code_digests()).encode()).hexdigest()[:8],
+        "code": hashlib.sha256(repr(code).encode()).hexdigest()[:8],
         "changed": changed(s, family),
         f"valid_{select}": best[f"valid_{select}"],
         **{f"test_{name}": value for name, value in result.scores.items()},

@@ -17,6 +17,7 @@ from adapter import AdapterConfig, AdapterError, MSEAdapter, MultimodalLLM, load
 from data import HERE, TASKS, collate, load_split, load_tokenizer  # noqa: E402
 from model import CheckpointError, load_llm  # noqa: E402
 from support.files import UserError  # noqa: E402
+from support.guards import run_program  # noqa: E402
 
 TASK = TASKS["demo"]
 ROWS = (0, 8)               # of the training split
@@ -142,7 +143,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (UserError, CheckpointError, AdapterError, OSError) as error:
-        sys.exit(f"error: {error}")
+    run_program(main, CheckpointError, AdapterError)

@@ -124,13 +124,16 @@ def answers(result) -> list[dict]:
     """What the rows of a Result by label scoring are answered: see `predict` in eval.py."""
     task = result.task
     names = in_names(task, task.values())
+    if not task.labels:
+        means, stds = result.moments().tolist()
     found = []
     for row, p in enumerate(result.probabilities.tolist()):
         answer = {"label": names[np.argmax(p)], "probability": max(p)}
         if result.values[row] is None:  # not a number: the backbone's arithmetic broke
             answer["label"] = None
         if not task.labels:
-            answer["mean"], answer["std"] = result.moments()[:, row].tolist()
+            answer["mean"] = means[row]
+            answer["std"] = stds[row]
         answer["probabilities"] = dict(zip(names, p))
         found.append(answer)
     return found

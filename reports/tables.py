@@ -41,13 +41,15 @@ WHY_NAN = {"corr": "predictions or true values are constant or no numbers",
            "non0_acc2": "no true value but 0", "non0_f1": "no true value but 0"}
 
 
+TWINS = {"macro_f1": "weighted_f1", "unweighted_accuracy": "accuracy"}      # equal where classes have one size
+
+
 def in_words(scores: dict) -> str:
     """{"weighted_f1": 0.5, "mae": nan} -> "weighted f1 0.5000, mae nan (a prediction is no number)". What
     classes of one size have twice is said once."""
     words = []
     for name, value in scores.items():
-        twin = {"macro_f1": "weighted_f1", "unweighted_accuracy": "accuracy"}.get(name)
-        if twin and f"{value:.4f}" == f"{scores[twin]:.4f}":
+        if name in TWINS and f"{value:.4f}" == f"{scores[TWINS[name]]:.4f}":
             continue
         text = f"{name.replace('_', ' ')} {value:.4f}"
         if np.isnan(value):
@@ -171,7 +173,8 @@ def read_record(file: Path) -> dict:
     if not whole:
         raise UserError(f"{file}: damaged; train again with --overwrite")
     if record["data"] not in TASKS:
-        raise UserError(f"{file}: the task {record['data']!r:.80} is not in TASKS of data.py; add its entry again")
+        raise UserError(f"{file}: the task {record['data']!r:.80} is not in TASKS of data.py; add its entry "
+                        "again")
     return record
 
 
@@ -184,8 +187,9 @@ def finished(out: Path) -> list:
 def write_table(out: Path):
     """results.csv: a row for each finished seed in OUT, as results.json has it."""
     records = None
-    while records != finished(out):         # another process may have finished one meanwhile
-        records = finished(out)
+    now = finished(out)
+    while records != now:                   # another process may have finished one meanwhile
+        records = now
         names = [name for name in records[0] if name != "line"]
         text = io.StringIO()
         writer = csv.DictWriter(text, names, extrasaction="ignore", lineterminator="\n")
@@ -194,6 +198,7 @@ def write_table(out: Path):
             changed = " ".join(map(str, record["changed"]))
             writer.writerow(record | {"changed": changed})
         write_atomic(out / "results.csv", text.getvalue().encode())
+        now = finished(out)
 
 
 def summarize(records: list):

@@ -281,9 +281,10 @@ def test_a_run_knows_its_code(data, begun, finished, monkeypatch, capsys):
     now = eval.code_digests()
     assert set(now) >= {"model.py", "adapter.py", "data.py", "eval.py", "train.py", "support/tokenizers.py"}
     assert set(now) == {*eval.CODE, *(f"support/{file.name}" for file in (HERE.parent / "support").glob("*.py"))}
-    monkeypatch.setattr(eval, "code_digests", lambda: now | {"new.py": "0"})        # which nothing uses
-    assert eval.edited({"code": now}) == [] and eval.edited({}) == ["its version"]
-    monkeypatch.setattr(eval, "code_digests", lambda: now | {"adapter.py": "0"})
+    assert eval.edited({"code": now}, now | {"new.py": "0"}) == []                  # which nothing uses
+    assert eval.edited({}, now) == ["its version"]
+    for program in (eval, train):
+        monkeypatch.setattr(program, "code_digests", lambda: now | {"adapter.py": "0"})
     with pytest.raises(UserError, match=r"begun with other code \(adapter.py changed since\); continue as it began"):
         train.main(flags(data, begun))
     train.main(flags(data, finished))
