@@ -17,6 +17,7 @@ import train
 from adapter import AdapterConfig, MSEAdapter
 from model import load_llm
 from release import OFFICIAL_NAMES
+from support import guards
 from support.pickles import read_pickle
 
 HERE = Path(__file__).resolve().parent
@@ -51,6 +52,15 @@ def small_data(folder: Path, change=lambda rows: rows) -> Path:
 def few_draws(monkeypatch):
     """Intervals in a tenth of the time; test_metrics.py tests them in full."""
     monkeypatch.setattr(eval, "bootstrap", partial(eval.bootstrap, draws=100))
+
+
+@pytest.fixture(autouse=True)
+def own_signals():
+    """What a test makes of signals ends with it: a later one's Ctrl-C would else kill all tests."""
+    before = {number: signal.getsignal(number) for number in guards.SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")
