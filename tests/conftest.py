@@ -2,6 +2,7 @@
 import json
 import os
 import pickle
+import shutil
 import signal
 import zlib
 from functools import partial
@@ -91,18 +92,27 @@ def finished(data, tmp_path_factory):
     return out
 
 
-@pytest.fixture
-def begun(data, tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def interrupted(data, tmp_path_factory):
     """A run that Ctrl-C ended while it validated its second epoch: two states are there."""
+    out = tmp_path_factory.mktemp("interrupted")
+
     def interrupt(*args, evaluate=train.evaluate):
-        if list(tmp_path.glob("1111/state-0001-000005-*")):     # the second epoch's steps are done
+        if list(out.glob("1111/state-0001-000005-*")):          # the second epoch's steps are done
             raise KeyboardInterrupt
         return evaluate(*args)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train, "evaluate", interrupt)
-        train.main(flags(data, tmp_path))
-    assert len(list(tmp_path.glob("1111/state-*"))) == 2
+        train.main(flags(data, out))
+    assert len(list(out.glob("1111/state-*"))) == 2
+    return out
+
+
+@pytest.fixture
+def begun(interrupted, tmp_path):
+    """A copy of it, to go on with or to damage."""
+    shutil.copytree(interrupted, tmp_path, dirs_exist_ok=True)
     return tmp_path
 
 

@@ -234,7 +234,7 @@ def test_answer_is_the_greedy_continuation_up_to_the_end_token(net):
 
 
 def test_label_logprobs_score_every_legal_label(net):
-    batch, labels = rows(net.task, [2, 0, 3]), net.task.wording(net.llm.config.family).labels
+    batch, labels = rows(net.task, [2, 0]), net.task.wording(net.llm.config.family).labels
     labels = [net.tokenizer.encode(text) + net.end for text in labels]
     for n, scores in enumerate(label_logprobs(net, batch)):
         expected = torch.stack([slow_row(net, batch, n, label).sum() for label in labels])
@@ -314,7 +314,7 @@ def test_recomputation_does_not_change_the_gradients(net):
     ("embed.weight", 0), ("blocks.0.attn.qkv.weight", 0), ("blocks.1.mlp.gate_up.weight", 1)])
 def test_a_backbone_that_trains_gets_the_right_gradients(tiny64, family, name, recompute):
     net = make(copy.deepcopy(tiny64[family]), "meld")
-    batch, weight = rows(net.task, range(5)), net.llm.get_parameter(name)
+    batch, weight = rows(net.task, range(2)), net.llm.get_parameter(name)
     weight.requires_grad_()
     for _ in range(2):
         (gradient,) = torch.autograd.grad(net.loss(batch, recompute), weight)
