@@ -428,7 +428,7 @@ def evaluate(net: MultimodalLLM, split: Split, size: int, decode="greedy", reado
         else:
             answers = label_logprobs(net, batch)
         for row, answer in zip(rows, answers):
-            outputs[row] = answer           # in the split's order
+            outputs[row] = answer
     if decode == "greedy":
         return score(outputs, split.label, net.task, net.official)
     probabilities = torch.stack(outputs).exp().cpu().double().numpy()           # (rows, labels)
