@@ -39,9 +39,8 @@ WHY_NAN = {"corr": "predictions or true values are constant or no numbers",
            "r2": "true values are constant, or a prediction is no number",
            "mae": "a prediction is no number", "weak_acc2": "no true value within 0.4 of 0",
            "non0_acc2": "no true value but 0", "non0_f1": "no true value but 0"}
-
-
-TWINS = {"macro_f1": "weighted_f1", "unweighted_accuracy": "accuracy"}      # equal where classes have one size
+# Equal where classes have one size.
+TWINS = {"macro_f1": "weighted_f1", "unweighted_accuracy": "accuracy"}
 
 
 def in_words(scores: dict) -> str:
