@@ -9,7 +9,7 @@
                        projector:          h  = W_3 M~ + b_3,  P_k = w_k h + c_k          (B, P, C)
     the LLM reads      [bos] open  P_1 .. P_P  text  close prompt  ->  label
 
-Where paper and release differ, this follows the release. This file needs torch and safetensors alone, and
+Where paper and release differ, this follows the release. This file needs torch, numpy and safetensors alone, and
 of an LLM its `embed`, `forward`, `logits` and `generate`, as in model.py.
 
 Shapes: B rows, T length of the longest row, La / Lv frames, Da / Dv features of one, C the LLM's width,

@@ -9,7 +9,7 @@
     load_llm   .safetensors or .bin -> device, tensor by tensor, strict both ways; try python model.py DIR
 
 The families differ by data (sizes, biases, the pairing of rotary channels, tensor names), never by class.
-This file needs torch and safetensors alone: copy it wherever you want a LLaMA.
+This file needs torch, numpy and safetensors alone: copy it wherever you want a LLaMA.
 
 Shapes: B rows, T new positions, S cached + new positions, C width (dim), H query heads, K key/value heads,
 D width of a head, R rotated channels of a head, V vocabulary, N positions of all rows that are no padding.
@@ -73,7 +73,7 @@ def rope_table(positions, config: Config):
         factor, low, high, length = config.rope_llama3
         keep = (length * turns / (2 * math.pi) - low) / (high - low)
         keep = keep.clamp(0, 1)
-        turns = turns * (keep + (1 - keep) / factor)
+        turns = (1 - keep) * turns / factor + keep * turns
     angle = positions[:, None, None].float() * turns                # (N, 1, R/2)
     return angle.cos(), angle.sin()
 
@@ -224,9 +224,14 @@ class Block(nn.Module):
 
     def forward(self, x, places: Places, cache: KVCache | None = None):
         """Hidden states (N, C) -> those after the block, (N, C)."""
-        x = x + self.attn(self.attn_norm(x), places, cache)
-        x = x + self.mlp(self.mlp_norm(x))
-        return x
+        x = self.add_attention(x, places, cache)
+        return self.add_mlp(x)
+
+    def add_attention(self, x, places: Places, cache: KVCache | None):
+        return x + self.attn(self.attn_norm(x), places, cache)
+
+    def add_mlp(self, x):
+        return x + self.mlp(self.mlp_norm(x))
 
 
 class Recompute(torch.autograd.Function):
@@ -287,12 +292,18 @@ def to_int8(w, dtype):
 
 class Int8Linear(nn.Module):
     """A frozen linear layer in half the memory of 16 bits. An entry is off by at most half a step, 1/254 of
-    the largest in its row. Each product takes the time to widen W."""
+    the largest in its row; in bf16 by up to twice that, for the widened entry is rounded, too. Each product
+    takes the time to widen W.
+
+    Takes the layer's shapes and its bias. The numbers of weight and scale come from to_int8, see load_llm.
+    """
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
-        self.weight = nn.Parameter(linear.weight.to(torch.int8), requires_grad=False)
-        self.scale = nn.Parameter(linear.weight[:, 0], requires_grad=False)
+        weight = torch.empty_like(linear.weight, dtype=torch.int8)      # (rows, columns)
+        scale = torch.empty_like(linear.weight[:, 0])                   # (rows,)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.scale = nn.Parameter(scale, requires_grad=False)
         self.bias = linear.bias
 
     def forward(self, x):
@@ -343,12 +354,12 @@ class LLM(nn.Module):
                 x = Recompute.apply(x, block, places)
             else:
                 x = block(x, places, cache)
-        # The last block, written out: attention for all, then the MLP for the wanted positions alone.
-        x = x + final.attn(final.attn_norm(x), places, cache)
+        # The last block in its two halves: attention for all, then the MLP for the wanted positions alone.
+        x = final.add_attention(x, places, cache)
         x = places.unpack(x)                                        # (N, C) -> (B, T, C)
         if last is not None:
             x = x[:, -last:]                                        # (B, last, C)
-        x = x + final.mlp(final.mlp_norm(x))
+        x = final.add_mlp(x)
         return self.norm(x)
 
     def places(self, x, mask, cache, positions) -> Places:

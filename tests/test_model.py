@@ -216,7 +216,7 @@ def test_tied_head_is_the_embedding(tmp_path):
 
 
 LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
-              original_max_position_embeddings=16)
+              original_max_position_embeddings=32)        # some channels stay, some are slowed, some mixed
 KINDS = {"Llama": {}, "Qwen2": {}, "Qwen3": dict(head_dim=14), "Mistral": dict(sliding_window=None),
          "Llama 3": dict(rope_scaling={**LLAMA3, "rope_theta": 300.0})}
 
@@ -482,6 +482,17 @@ def test_recomputation_refuses_what_it_would_get_wrong():
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 8 bits
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_row_in_8_bits_is_off_by_half_a_step(dtype):
+    w = recipe("int8.rows", (64, 500), 1.0)
+    weight, scale = to_int8(w.clone(), dtype)
+    widened = widen(weight, scale)
+    assert widened.dtype == scale.dtype == dtype
+    rounding = 0 if dtype == torch.float32 else w.abs() * torch.finfo(dtype).eps / 2        # of the widened entry
+    assert ((widened - w).abs() <= 1.01 * (scale.float()[:, None] / 2 + rounding)).all()
+    assert ((widened - w).abs() <= 2 * w.abs().amax(dim=1, keepdim=True) / 250).all()       # as the docstring says
 
 
 def test_a_product_in_8_bits_is_that_of_the_widened_weights():
