@@ -572,21 +572,33 @@ def draw(run: Run, result=None, worth=None):
     write_atomic(run.folder / "report.svg", picture.encode())
 
 
-def discard(folder: Path, identity: dict):
-    """Remove what a run has written, but for a state that this very command wrote: a job that was ended and
-    is begun again has the same command line, --overwrite included."""
+def discard(runs: dict):
+    """Remove what runs, {folder: identity}, have written. If this very command left one of them unfinished,
+    what it wrote stays: a job that was ended and is begun again has the same command line, --overwrite
+    included."""
+    own = [folder for folder, identity in runs.items() if overwritten(folder, identity)]
+    unfinished = [folder for folder in own if not (folder / "results.json").is_file()]
+    if unfinished:
+        print(f"{unfinished[0]}: going on with what this command began; delete the folder to start anew")
+    for folder in runs:
+        if unfinished and folder in own:
+            continue
+        with locked(folder):
+            for file in [*states(folder), *(folder / name for name in WRITTEN)]:
+                file.unlink(missing_ok=True)
+
+
+def overwritten(folder: Path, identity: dict) -> bool:
+    """Whether this very command, --overwrite included, began what is in a run's folder."""
     file = folder / "settings.json"
-    if states(folder) and file.is_file() and not (folder / "results.json").is_file():
-        try:
-            before = read_json(file)
-        except UserError:
-            before = {}                     # damaged: what is discarded need not be whole
-        other = difference(before, identity) or edited(before, identity["code"])
-        if before.get("overwrite") is True and not other:
-            print(f"{folder}: going on from a state that this command wrote; delete the folder to start anew")
-            return
-    for file in [*states(folder), *(folder / name for name in WRITTEN)]:
-        file.unlink(missing_ok=True)
+    if not file.is_file():
+        return False
+    try:
+        before = read_json(file)
+    except UserError:
+        return False                        # damaged: what is discarded need not be whole
+    other = difference(before, identity) or edited(before, identity["code"])
+    return before.get("overwrite") is True and not other
 
 
 def training_rows(settings: Settings, splits: dict, seed: int):
@@ -607,8 +619,6 @@ def train_run(settings: Settings, identity: dict, llm, tokenizer, splits: dict) 
     results = folder / "results.json"           # written last: where it is, the run is finished
     train, valid = training_rows(settings, splits, seed)
     train, _ = share_of(train, settings.train_share, seed)
-    if settings.overwrite:
-        discard(folder, identity)
     by_other_code = check_same_run(folder, identity)
     if results.is_file():
         record = read_record(results)
@@ -794,10 +804,15 @@ def main(argv=None):
     # One run for each seed. It is known by its settings and by what data and backbone hold.
     content = {f"{name}_sha256": digest(split) for name, split in splits.items()}
     content["code"] = code_digests()
-    records = []
+    runs = {}
     for seed in seeds:
         identity = {**asdict(settings), "seed": seed, "llm_sha256": llm.fingerprint, **content}
-        with locked(Path(settings.out, str(seed))):
+        runs[Path(settings.out, str(seed))] = identity
+    if settings.overwrite:
+        discard(runs)
+    records = []
+    for folder, identity in runs.items():
+        with locked(folder):
             records.append(train_run(settings, identity, llm, tokenizer, splits))
     write_table(Path(settings.out))
     if len(records) > 1:

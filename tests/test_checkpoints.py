@@ -63,6 +63,13 @@ def test_published_sizes(name, tmp_path):
     assert not any(p.requires_grad for p in llm.parameters())
 
 
+def test_the_first_of_two_keys_counts(tmp_path):
+    """Qwen-7B was trained for 8192 positions, and its config.json names 32768, too."""
+    _, raw = PUBLISHED["Qwen-1.8B"]
+    raw = raw | {"seq_length": 8192, "max_position_embeddings": 32768}
+    assert Config.from_dir(write_config(tmp_path, raw)).max_len == 8192
+
+
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "qwen", "chatglm"]
 GPTQ = {"bits": 4, "group_size": 128, "quant_method": "gptq", "modules_to_not_convert": ["lm_head"] * 99}
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}

@@ -166,6 +166,12 @@ def test_block_has_two_residuals():
     near(block(x, places), h + block.mlp(block.mlp_norm(h)))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_scores_of_16_bits_come_in_32(dtype):
+    llm = filled(LLM(config())).to(dtype)
+    assert llm.logits(random("head.x", 2, 20).to(dtype)).dtype == torch.float32
+
+
 def test_padding_is_packed_away_and_back():
     llm, x = filled(LLM(config())), random("packed.x", 2, 3, 20)
     real = torch.tensor([[False, True, True], [False, False, True]])

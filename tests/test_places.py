@@ -88,19 +88,25 @@ def test_a_second_signal_does_not_wait_for_the_step():
 def test_overwrite_typed_again_goes_on(data, finished, tmp_path, monkeypatch, capsys):
     def stopping_step(*args, step=train.train_step):
         steps.append(1)
-        if len(steps) == 4:
+        if len(steps) == 14:                    # a seed takes ten
             signal.raise_signal(signal.SIGINT)
         return step(*args)
 
-    steps, words = [], flags(data, tmp_path, "--overwrite")
+    steps, words = [], flags(data, tmp_path, "--seeds", "7", "1111", "--overwrite")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train, "train_step", stopping_step)
         train.main(words)
+    first = essence(tmp_path, 7)
+    capsys.readouterr()
     train.main(words)                           # as a cluster begins an ended job again
-    assert "going on from a state that this command wrote" in capsys.readouterr().out
-    assert essence(tmp_path) == essence(finished)
-    train.main(words)                           # a finished run is what --overwrite is for
-    assert "epoch 1/2" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "1111: going on with what this command began" in said and "continuing after epoch 0, step 4" in said
+    assert "seed 7: finished before, left alone" in said
+    assert (essence(tmp_path, 7), essence(tmp_path)) == (first, essence(finished))
+    monkeypatch.setattr(train, "train_run", lambda *_: None)
+    train.main(flags(data, tmp_path, "--seeds", "7", "--overwrite"))        # a finished run is what --overwrite is for
+    assert not (tmp_path / "7" / "results.json").is_file()
+    assert (tmp_path / "1111" / "results.json").is_file()
 
 
 def test_overwrite_discards_what_another_command_wrote(data, begun, capsys):
