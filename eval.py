@@ -743,6 +743,12 @@ def compare(folders: list) -> str:
 
 
 # --- Command line -------------------------------------------------------------------------------------------
+def count(text: str) -> int:
+    if not 0 < int(text) < 10**9:
+        raise argparse.ArgumentTypeError(f"{text:.40} is not above 0 and below a billion")
+    return int(text)
+
+
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -761,6 +767,7 @@ def parse_args():
     parser.add_argument("--llm", help="where the backbone lies now, if it was moved")
     parser.add_argument("--data-dir", help="where the data lies now, if it was moved")
     parser.add_argument("--device", help="cpu, cuda, ... [the run's]")
+    parser.add_argument("--eval-batch", type=count, help="rows at a time when answering [the run's]")
     parser.add_argument("--out", type=Path, help="folder of what is written [the run's]")
     args = parser.parse_args()
     if len(args.run) > 1 and not args.compare:
@@ -780,6 +787,8 @@ def main():
     # 1) what the run was
     run = args.run[0]
     settings = read_settings(run / "settings.json")
+    if args.eval_batch:
+        settings["eval_batch"] = args.eval_batch
     task = TASKS[settings["data"]]
     changed = ", ".join(edited(settings, code_digests()))
     if changed:
@@ -806,7 +815,7 @@ def main():
     size = settings["eval_batch"]
     if args.check_backbone:
         batch = collate(split, range(min(size, len(split))))
-        print(backbone.check_backbone(net, fresh, batch))
+        print(backbone.check_backbone(net, fresh, batch, collate(split, [0])))
     elif args.ablate:
         decode = args.decode or settings["decode"]
         readout = args.readout or settings["readout"]

@@ -8,8 +8,8 @@
 Each seed has its own folder, OUT/SEED: settings.json, log.jsonl (a line per epoch) and report.svg,
 adapter.safetensors (the best epoch by validation) and features.json (the training features' range),
 predictions.csv and metrics.json (the test split), and last of all results.json. The same command again
-continues what was interrupted (by Ctrl-C, SIGTERM or SIGHUP, or killed), to the same bytes; finished runs
-are left alone.
+continues what was interrupted (by Ctrl-C, SIGTERM or SIGHUP, or killed), on a CPU to the same bytes; finished
+runs are left alone.
 """
 import argparse
 import copy
@@ -29,8 +29,8 @@ from tqdm import tqdm
 from adapter import MODALITIES, AdapterConfig, AdapterError, MSEAdapter, MultimodalLLM, adapter_bytes
 from data import FEATURES, HERE, SPLITS, TASKS, Split, collate, epoch_rows, find_llm
 from data import load_split, load_tokenizer, preset, share_of
-from eval import DECODE, DTYPES, READOUT, ablation, alarms, code_digests, edited, evaluate, evaluate_all
-from eval import metrics_of, side_by_side
+from eval import DECODE, DTYPES, READOUT, ablation, alarms, code_digests, count, edited, evaluate
+from eval import evaluate_all, metrics_of, side_by_side
 from model import CheckpointError, Config, default_dtype, load_llm
 from reports.clip import feature_range
 from reports.pictures import report
@@ -69,12 +69,6 @@ def setting(kind, default, about: str, free=False, report=True):
     if kind is not bool and default is not None:
         flag["help"] += f" [{default}]"
     return field(default=default, metadata={"flag": flag, "free": free, "report": report and not free})
-
-
-def count(text: str) -> int:
-    if not 0 < int(text) < 10**9:
-        raise argparse.ArgumentTypeError(f"{text:.40} is not above 0 and below a billion")
-    return int(text)
 
 
 def share(text: str) -> float:
@@ -255,10 +249,7 @@ def kept_by_block(c: Config) -> int:
 
 
 def plan_recompute(net: MultimodalLLM, train: Split, settings: Settings) -> int:
-    """How many blocks recompute: as few as let the longest rows fit four fifths of a GPU's free memory.
-
-    The last block never does: backward begins with it, so nothing would be saved.
-    """
+    """How many blocks recompute: as few as let the longest rows fit four fifths of a GPU's free memory."""
     layers = net.llm.config.n_layer
     # By characters, which is near enough; a batch is padded to its longest row.
     longest = sorted(range(len(train)), key=lambda row: -len(train.text[row]))
@@ -267,17 +258,26 @@ def plan_recompute(net: MultimodalLLM, train: Split, settings: Settings) -> int:
     # What is kept for backward by a block that recomputes, its input alone, and by one that does not.
     least = x.nbytes / GIB
     most = x[..., 0].nbytes / GIB * kept_by_block(net.llm.config)
-    blocks = settings.recompute or 0
+    blocks = min(settings.recompute or 0, layers - 1)
     if settings.recompute is None and x.is_cuda:
+        torch.cuda.empty_cache()        # what an earlier seed let go is free, too
         free, _ = torch.cuda.mem_get_info(x.device)
-        excess = layers * most - 0.8 * free / GIB               # a fifth is left for the head and the adapter
-        blocks = math.ceil(excess / (most - least))
-    blocks = min(max(0, blocks), layers - 1)
+        # A fifth is left for the head and the adapter.
+        blocks = blocks_to_recompute(layers, least, most, 0.8 * free / GIB)
     weights = sum(p.nbytes for p in net.llm.parameters()) / GIB
     print(f"memory: weights {weights:.2f} GiB, activations {layers * most:.2f} GiB without and "
           f"{(layers - 1) * least + most:.2f} GiB with recomputation: {blocks} of {layers} blocks recompute",
           flush=True)
     return blocks
+
+
+def blocks_to_recompute(layers: int, least: float, most: float, room: float) -> int:
+    """How many of the blocks must keep `least`, where the others keep `most`, for all to fit into `room`.
+
+    The last block never does: backward begins with it, so nothing would be saved.
+    """
+    blocks = math.ceil((layers * most - room) / (most - least))
+    return min(max(0, blocks), layers - 1)
 
 
 # --- The loop -----------------------------------------------------------------------------------------------
@@ -398,8 +398,12 @@ class Run:
             independent_tokens=s.independent_tokens)
         assert FEATURES in MODALITIES.values(), f"adapter.py has {MODALITIES}, support/check.py {FEATURES}"
         torch.manual_seed(seed)         # for the adapter's start, and for all that training draws
-        adapter = MSEAdapter(config).to(s.device)
+        adapter = MSEAdapter(config)
         best = copy.deepcopy(adapter)   # has its own weights: it stays behind while training goes on
+        adapter.to(s.device)            # after the copy, which would take an LSTM's weights apart on a GPU
+        best.to(s.device)
+        if s.device.startswith("cuda"):
+            torch.cuda.reset_peak_memory_stats(s.device)        # test reports this seed's
         self.net = MultimodalLLM(llm, adapter, tokenizer, self.task, s.official)
         self.best = MultimodalLLM(llm, best, tokenizer, self.task, s.official)     # the best epoch's
         self.optimizer = make_optimizer(self.net)
@@ -473,7 +477,7 @@ class Run:
         print(f"{line}, {clock(taken)}, {clock(left)} left", flush=True)        # at most: patience may end it
 
     def save(self):
-        """Write all from which the run goes on to the same bytes: state-EPOCH-STEP-SHA256.pt."""
+        """Write all from which the run goes on as if uninterrupted: state-EPOCH-STEP-SHA256.pt."""
         states = [part.state_dict() for part in self.parts]         # load restores them in this order
         random = [torch.get_rng_state()]            # what dropout draws from
         if self.settings.device.startswith("cuda"):

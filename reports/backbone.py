@@ -36,18 +36,19 @@ def fingerprints(llm, tokenizer, task: Task) -> list:
     return prints + llm.bit_sums()
 
 
-def check_backbone(net: MultimodalLLM, fresh: list, batch) -> str:
-    """Answer a batch, take a training step on it, then compare the backbone bit by bit with `fresh`, the
-    fingerprints of a copy that never saw an adapter. Raises UserError if they differ.
+def check_backbone(net: MultimodalLLM, fresh: list, batch, row) -> str:
+    """Answer a batch, take a training step on a batch of one row, which needs little memory, then compare the
+    backbone bit by bit with `fresh`, the fingerprints of a copy that never saw an adapter. Raises UserError if
+    they differ.
 
     The step is taken with a copy of the adapter: the net stays as it was.
     """
     net.answer(batch)
     # In training mode, for on a GPU an LSTM has no backward in the other.
-    adapter = copy.deepcopy(net.adapter).train()
+    adapter = copy.deepcopy(net.adapter).to(net.device).train()        # .to joins an LSTM's weights again
     twin = MultimodalLLM(net.llm, adapter, net.tokenizer, net.task, net.official)
     optimizer = torch.optim.AdamW(twin.parameters(), lr=1e-3)           # the frozen ones too
-    twin.loss(batch).backward()
+    twin.loss(row).backward()
     optimizer.step()
     now = fingerprints(net.llm, net.tokenizer, net.task)
     wrong = sum(not torch.equal(a, b) for a, b in zip(now, fresh, strict=True))

@@ -45,15 +45,15 @@ def failed_device(error: Exception) -> bool:
     """Whether it is the device that failed, memory that ran out or a GPU that fell over, and not the code."""
     if isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError, MemoryError)):
         return True
-    # A CPU's and Apple's devices have no exception of their own.
-    words = ("out of memory", "not enough memory", "can't allocate memory")
+    # A CPU, Apple's devices, cuBLAS and cuDNN have no exception of their own.
+    words = ("out of memory", "not enough memory", "can't allocate memory", "ALLOC_FAILED")
     return any(part in str(error) for part in words)
 
 
 def device_advice(error: Exception) -> str:
     what = brief(error)[:200] or type(error).__name__
-    return (f"the device failed ({what}); where memory ran out, let more blocks recompute (--recompute 99), "
-            "or take a smaller --eval-batch or --batch-size")
+    return (f"the device failed ({what}); where memory ran out, take a smaller --eval-batch, and to train let "
+            "more blocks recompute (--recompute 99) or take a smaller --batch-size")
 
 
 def check_device(name: str):

@@ -394,6 +394,10 @@ def test_scoring_a_run(run, demo, monkeypatch, capsys):
     assert out.startswith(f"valid (best epoch 3): {labels.line()}\n")
     assert out.index("labels [95 %") < out.index("greedy [95 %")
     assert "text empty" in command(monkeypatch, capsys, run, "--ablate")
+    sizes = []
+    monkeypatch.setattr(MultimodalLLM, "answer", lambda net, batch: sizes.append(len(batch.text)) or ["0"] * sizes[-1])
+    command(monkeypatch, capsys, run, "--decode", "greedy", "--eval-batch", "2")
+    assert set(sizes) == {2}
 
 
 def test_scoring_a_run_as_it_was_selected(tiny, tmp_path, capsys):
@@ -545,21 +549,22 @@ def test_a_changed_backbone_is_noticed(run, monkeypatch, capsys):
     llm = load_llm(DEMO)
     adapter = random_adapter(AdapterConfig(llm.config.dim, 4, 6, 5, 3, 2))
     net = MultimodalLLM(llm, adapter, load_tokenizer(DEMO), TASKS["demo"])
-    batch, fresh = collate(rows(net.task), range(4)), backbone.fingerprints(net.llm, net.tokenizer, net.task)
+    batch, row = (collate(rows(net.task), range(n)) for n in (4, 1))
+    fresh = backbone.fingerprints(net.llm, net.tokenizer, net.task)
     before = {name: p.clone() for name, p in net.state_dict().items()}
     for mode in (True, False):
         net.train(mode)
-        backbone.check_backbone(net, fresh, batch)                      # leaves the net as it was
+        backbone.check_backbone(net, fresh, batch, row)                      # leaves the net as it was
         assert all(part.training == mode for part in net.modules())
         assert all(torch.equal(p, before[name]) for name, p in net.state_dict().items())
         assert all(p.grad is None for p in net.parameters())
     llm.embed.weight.data[3, 7] *= 1 + 1e-6                         # of a byte that no prompt has
     with pytest.raises(ValueError, match="backbone changed: 1 of "):
-        backbone.check_backbone(net, fresh, batch)
+        backbone.check_backbone(net, fresh, batch, row)
     fresh = backbone.fingerprints(net.llm, net.tokenizer, net.task)
     llm.requires_grad_(True)                                            # a training step may move it
     with pytest.raises(ValueError, match="backbone changed: "):
-        backbone.check_backbone(net, fresh, batch)
+        backbone.check_backbone(net, fresh, batch, row)
 
 
 @pytest.mark.parametrize("words, message", [

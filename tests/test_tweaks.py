@@ -60,7 +60,8 @@ def check_parts(code: dict, run: Path, data: Path):
     assert float(clip["written"]) == task.labels.index(clip["label"]) == greedy.pred[0]
 
     batch = code["data"].collate(split, range(12))
-    assert backbone.check_backbone(net, fresh, batch).startswith("backbone unchanged")
+    row = code["data"].collate(split, [0])
+    assert backbone.check_backbone(net, fresh, batch, row).startswith("backbone unchanged")
     net.loss(batch).backward()
     assert all(p.grad is not None and p.grad.any() for p in net.adapter.parameters())
     with torch.no_grad():
