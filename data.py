@@ -111,7 +111,8 @@ class Task:
         """The number of the mark nearest to each value, of two equally near ones the even; nan stays nan."""
         marks = self.marks()
         step = marks[1] - marks[0]
-        steps = np.round(np.array(x) / step)            # from 0
+        steps = np.array(x) / step                      # from 0
+        steps = steps.round(6).round()                  # 0.3 / 0.2 is 1.5 once, and then 2
         first = round(marks[0] / step)
         return (steps - first).clip(0, len(marks) - 1)
 
@@ -121,7 +122,8 @@ class Task:
             name = str(label)
             return self.labels.index(name) if name in self.labels else None
         low, high = self.range
-        if isinstance(label, (int, float)) and low <= label <= high:
+        slack = 1e-6 * max(abs(low), abs(high))         # files hold float32, whose 0.8 is above ours
+        if isinstance(label, (int, float)) and low - slack <= label <= high + slack:
             return float(label)
         return None
 
@@ -418,7 +420,13 @@ COLUMNS = {                         # field of a Split -> its column in a table
 FIELDS = tuple(COLUMNS)
 REQUIRED = ("text", *FEATURES, "label")
 ROW_OF_FILES = '{"label": y, "features": {"text": x, "audio": np.load(A), "video": np.load(V)}}'
-NO_VALID = "; or take validation rows from the training rows: train.py --valid-share 0.1"
+
+
+class NoValid(DataError):
+    """The valid split is not there. Training can do without."""
+
+    def __init__(self, problem: str):
+        super().__init__(f"{problem}; or take validation rows from the training rows: train.py --valid-share 0.1")
 
 
 def load_split(task: Task, data_dir, split: str, fetch: bool = False) -> Split:
@@ -454,9 +462,10 @@ def read_split(task: Task, file: Path, split: str) -> Split:
     if isinstance(raw, dict) and split in raw:
         raw = raw[split]
     elif len(set(task.files.values())) == 1:
-        advice = NO_VALID if split == "valid" else ""
-        raise DataError(f"{file}, {split}: not there; expected a dict of train, valid, test in this one file"
-                        f"{advice}")
+        problem = f"{file}, {split}: not there; expected a dict of train, valid, test in this one file"
+        if split == "valid":
+            raise NoValid(problem)
+        raise DataError(problem)
     names = dict(COLUMNS)
     if task.labels:
         names["label"] = "labels"
@@ -551,10 +560,10 @@ def find_data(task: Task, data_dir, split: str, fetch: bool = False) -> Path:
     if arrays > 0:
         listed += f", but {arrays} .npy"
         advice = f"{name} is to be a pickled list of rows made of them, {ROW_OF_FILES}; {advice}"
+    problem = f"{data_dir}: {name} was not found in or below this folder, where there is {listed}; {advice}"
     if split == "valid":
-        advice += NO_VALID
-    raise DataError(f"{data_dir}: {name} was not found in or below this folder, where there is {listed}; "
-                    f"{advice}")
+        raise NoValid(problem)
+    raise DataError(problem)
 
 
 def candidates(task: Task, root: Path, split: str) -> list:
@@ -606,9 +615,15 @@ def main(argv=None) -> int:
     data_dir = args.data_dir or HERE / task.home
     try:
         check_task(task)
-        files = {split: find_data(task, data_dir, split, args.download) for split in SPLITS}
+        files = {}
+        splits = {}
+        for split in SPLITS:
+            try:
+                files[split] = find_data(task, data_dir, split, args.download)
+                splits[split] = read_split(task, files[split], split)
+            except NoValid as error:
+                print(printable(f"no valid split: {error}"))
         tokenizer = load_tokenizer(find_llm(args.llm)) if args.llm else None
-        splits = {split: read_split(task, file, split) for split, file in files.items()}
         n = check(task, files, splits, tokenizer)
     except (UserError, OSError) as error:
         print(printable(f"error: {error}"), file=sys.stderr)

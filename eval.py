@@ -47,7 +47,7 @@ def parse_answer(text: str, task: Task, official: bool = False) -> float | None:
     """The number that an answer is, in the task's range or not; None where it is anything but one number.
 
     Classes: digits only. Intensities: sign if any, digits, fraction if any ("+0.4", "-1"; not ".5", "1e0").
-    official: as in the release, float(), for intensities after its replacements; 0.0 where that fails.
+    official: as in the release, float(), for intensities after its replacements.
     """
     if official:
         if not task.labels:
@@ -55,7 +55,7 @@ def parse_answer(text: str, task: Task, official: bool = False) -> float | None:
         try:
             return float(text)
         except ValueError:
-            return 0.0
+            return None
     pattern = CLASS if task.labels else INTENSITY
     number = re.fullmatch(pattern, text.strip())
     return float(number[0]) if number else None
@@ -253,11 +253,15 @@ class Result:
     task: Task
     true: list
     answers: list                       # texts, in the split's order
-    values: list                        # numbers as parsed, None where an answer did not parse
+    parsed: list                        # False where an answer is no number
+    values: list                        # numbers as parsed; else None, official 0
     pred: np.ndarray                    # numbers as scored
-    unparsed: int = 0
     out_of_range: int = 0
     probabilities: np.ndarray | None = None     # (rows, labels), if labels were scored
+
+    @property
+    def unparsed(self) -> int:
+        return self.parsed.count(False)
 
     @cached_property
     def scores(self) -> dict:
@@ -314,25 +318,27 @@ class Result:
 
 
 def score(answers: list, true: list, task: Task, official: bool = False) -> Result:
-    """Parse and score. A class answer that did not parse or is no class is wrong; an intensity that did not
-    parse is taken for 0, one out of range for the range's end. official: each number as it reads, or 0."""
+    """Parse and score. A class answer that did not parse or is no class is wrong. An intensity that did not
+    parse is taken for 0; what is out of range, and be it this 0, is taken for the range's end. official: each
+    number as it reads, or 0."""
     values = [parse_answer(text, task, official) for text in answers]
+    parsed = [value is not None for value in values]
+    if official:
+        values = [value if good else 0.0 for value, good in zip(values, parsed)]
     pred = np.array(values, float)      # None becomes nan
     if not official:
         pred[np.isnan(pred)] = -1 if task.labels else 0         # -1 is no class
         if not task.labels:
             pred = pred.clip(*task.range)
-    # The release takes what does not parse for 0: it is counted all the same.
-    unparsed = sum(parse_answer(text, task) is None for text in answers)
     out_of_range = sum(value is not None and not in_range(value, task) for value in values)
-    return Result(task, true, answers, values, pred, unparsed, out_of_range)
+    return Result(task, true, answers, parsed, values, pred, out_of_range)
 
 
 def score_labels(probabilities: np.ndarray, true: list, task: Task, readout: str = "mean") -> Result:
     """Score the probabilities (rows, labels): the most probable class; an intensity's mean, median or mode.
 
     The median is the least intensity with at least half of the probability on it or below. A row of nan is
-    unparsed: a wrong class, an intensity of 0.
+    an answer that does not parse.
     """
     labels = np.array(task.values())
     broken = np.isnan(probabilities).any(axis=1)
@@ -349,7 +355,7 @@ def score_labels(probabilities: np.ndarray, true: list, task: Task, readout: str
     else:
         half = probabilities.cumsum(axis=1) >= 0.5 - 1e-9       # rounding may leave a sum a little below
         pred = labels[half.argmax(axis=1)]      # the first that is True
-    result.pred = np.where(broken, 0, pred)
+    result.pred = np.where(broken, result.pred, pred)
     result.values = [None if bad else value for bad, value in zip(broken, pred.tolist())]
     return result
 
@@ -493,13 +499,13 @@ def unparsed_note(result: Result) -> str:
     n = len(result.true)
     if task.labels or result.unparsed <= 0.02 * n:
         return ""
-    note = f"{result.unparsed} of {n} answers ({result.unparsed / n:.1%}) do not parse and count as 0"
+    zero = np.clip(0, *task.range)
+    note = f"{result.unparsed} of {n} answers ({result.unparsed / n:.1%}) do not parse and count as {zero:g}"
     if result.unparsed == n:
         return note
     name, score = next(iter(result.scores.items()))
-    parsed = [parse_answer(text, task) is not None for text in result.answers]
     true = np.array(result.true)
-    without = metrics_of(task)(result.pred[parsed], true[parsed])
+    without = metrics_of(task)(result.pred[result.parsed], true[result.parsed])
     return (f"{note}: {name.replace('_', ' ')}{ZERO_IS.get(name, '')}, is {score:.4f} with them, "
             f"{without[name]:.4f} without them")
 

@@ -17,7 +17,7 @@ from conftest import HERE, need_shared
 
 import data
 import support.check
-from data import FEATURES, SPLITS, TASKS, DataError, clean, collate, find_data, find_llm, load_split
+from data import FEATURES, SPLITS, TASKS, DataError, Task, clean, collate, find_data, find_llm, load_split
 
 pytestmark = pytest.mark.filterwarnings("error")            # a warning is a failure
 SIZES = dict(train=7, valid=3, test=4)
@@ -230,6 +230,29 @@ def test_a_split_that_is_not_there(tmp_path):
     file.write_bytes(pickle.dumps(make_rows(task, 2), 4))
     with pytest.raises(DataError, match="unaligned_50.pkl, train: not there; expected a dict of train, valid, test"):
         load_split(task, tmp_path, "train")
+
+
+def test_a_table_without_a_valid_split_is_checked(tmp_path, capsys):
+    task = TASKS["mosei"]
+    splits = make_splits(task)
+    valid = splits.pop("valid")
+    write(tmp_path, task, splits)
+    assert data.main(["mosei", "--data-dir", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "no valid split: " in said and "--valid-share 0.1" in said and "\ntest: 4 " in said
+    del splits["test"]
+    write(tmp_path, task, {**splits, "valid": valid})
+    assert data.main(["mosei", "--data-dir", str(tmp_path)]) == 2           # without a test split there is no score
+
+
+def test_a_label_on_the_ends_of_a_range_may_be_a_float32():
+    task = Task("own", range=(-0.8, 0.8))
+    assert task.number(float(np.float32(0.8))) == pytest.approx(0.8) and task.number(0.801) is None
+
+
+def test_of_two_marks_equally_near_the_even_one():
+    task = Task("own", range=(0.0, 1.0))                # marks every 0.2
+    assert task.nearest([0.1, 0.3, 0.5, 0.7, 0.9, 0.31]).tolist() == [0, 2, 2, 4, 4, 2]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from conftest import HERE, ByteTokenizer, flags, need_shared, random_adapter
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import data
 import eval
 import train
 from adapter import AdapterConfig, MultimodalLLM, load_adapter, save_adapter
@@ -138,6 +139,14 @@ def test_what_unparsed_intensities_do_to_has0_is_said():
     assert alarms(score([*answers[:-2], "0.0", "0.0"], true, TASKS["mosei"])) == []     # 1 of 100
     (nothing,) = alarms(score(["what"] * 9, true[:9], TASKS["mosei"]))
     assert nothing == "9 of 9 answers (100.0%) do not parse and count as 0"
+    # a range without 0: its nearest end, in both ways
+    marks, p = Task("marks", range=(1.0, 5.0)), np.full((4, 41), np.nan)
+    for result in (score(["what", "", "3.0", "2.0"], [1.0, 2.0, 3.0, 4.0], marks), score_labels(p, [1.0] * 4, marks)):
+        assert result.pred[0] == result.pred[1] == 1 and "do not parse and count as 1" in alarms(result)[-1]
+    # what only the release reads is parsed under its rules
+    for answers, true, name in ((["：0.4", ".5", "–0.6"], [0.4, 0.5, -0.6], "simsv2"), (["+4", "4.0"], [4, 4], "meld")):
+        release, strict = (score(answers, true, TASKS[name], official) for official in (True, False))
+        assert (release.unparsed, strict.unparsed) == (0, len(answers)) and release.pred.tolist() == true
 
 
 def test_all_readouts_stand_in_a_runs_metrics(tmp_path, monkeypatch):
@@ -205,6 +214,9 @@ def test_validation_rows_can_be_drawn_from_the_training_rows(tmp_path, monkeypat
     write_own(tmp_path, ("train", "test"))
     with pytest.raises(ValueError, match="own_valid.pkl was not found .*--valid-share 0.1"):
         train.main(own_flags(tmp_path))
+    assert data.main(["own", "--data-dir", str(tmp_path)]) == 0             # the other splits are checked
+    said = capsys.readouterr().out
+    assert "no valid split: " in said and "\ntest: 6 rows in " in said and "own: 0 problems" in said
     train.main([*own_flags(tmp_path), "--valid-share", "0.1"])
     first = capsys.readouterr().out.splitlines()[0]
     assert first.startswith("own: 18 train, 2 valid (drawn from train by the seed), 6 test rows")

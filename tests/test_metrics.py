@@ -25,7 +25,7 @@ CLASSES, MOSEI, SIMS = TASKS["meld"], TASKS["mosei"], TASKS["simsv2"]
 nan, inf, _ = float("nan"), float("inf"), None
 ANSWERS = [                 # text, strict class, strict intensity, official
     ("3", 3.0, 3.0, 3.0), (" 3", 3.0, 3.0, 3.0), ("3\n", 3.0, 3.0, 3.0), ("\t3 \u3000", 3.0, 3.0, 3.0),
-    ("\x1c3", 3.0, 3.0, 0.0),                              # strip() takes what float() does not
+    ("\x1c3", 3.0, 3.0, _),                                # strip() takes what float() does not
     ("0", 0.0, 0.0, 0.0), ("7", 7.0, 7.0, 7.0), ("12", 12.0, 12.0, 12.0), ("03", 3.0, 3.0, 3.0), ("3.0", _, 3.0, 3.0),
     ("+3", _, 3.0, 3.0), ("-1", _, -1.0, -1.0), ("-1.6", _, -1.6, -1.6), ("+0.5", _, 0.5, 0.5),
     ("0.25", _, 0.25, 0.25), ("-0.0", _, -0.0, -0.0), ("+0.0", _, 0.0, 0.0), ("99.9", _, 99.9, 99.9),
@@ -35,13 +35,13 @@ ANSWERS = [                 # text, strict class, strict intensity, official
     ("1/2", _, _, 12.0), ("(0.6", _, _, 0.6), ("(/：2:", _, _, 2.0), (".5", _, _, 0.5), ("5.", _, _, 5.0),
     ("1e9", _, _, 1e9), ("1E0", _, _, 1.0), ("1_0", _, _, 10.0), ("nan", _, _, nan), ("inf", _, _, inf),
     ("-Infinity", _, _, -inf), ("٣", _, _, 3.0), ("３", _, _, 3.0), ("-٣.٥", _, _, -3.5), ("1e400", _, _, inf),
-    ("–一1", _, _, 0.0),
-    # what the release makes a 0 of
-    ("", _, _, 0.0), (" ", _, _, 0.0), ("0.5.", _, _, 0.0), ("½", _, _, 0.0), ("3²", _, _, 0.0), ("²", _, _, 0.0),
-    ("- 1", _, _, 0.0), ("--1", _, _, 0.0), ("+-1", _, _, 0.0), ("−1", _, _, 0.0), ("0,5", _, _, 0.0),
-    ("(0.6)", _, _, 0.0), ("1 2", _, _, 0.0), ("1\n2", _, _, 0.0), ("3</s>", _, _, 0.0), ("joy", _, _, 0.0),
-    ("0x1", _, _, 0.0), ("-", _, _, 0.0), (".", _, _, 0.0), ("None", _, _, 0.0), ("三", _, _, 0.0),
-    ("3\x00", _, _, 0.0), ("portalΨ", _, _, 0.0), ("位置清晨地在仍是", _, _, 0.0),
+    ("–一1", _, _, _),
+    # what nobody reads: the release makes a 0 of it
+    ("", _, _, _), (" ", _, _, _), ("0.5.", _, _, _), ("½", _, _, _), ("3²", _, _, _), ("²", _, _, _),
+    ("- 1", _, _, _), ("--1", _, _, _), ("+-1", _, _, _), ("−1", _, _, _), ("0,5", _, _, _),
+    ("(0.6)", _, _, _), ("1 2", _, _, _), ("1\n2", _, _, _), ("3</s>", _, _, _), ("joy", _, _, _),
+    ("0x1", _, _, _), ("-", _, _, _), (".", _, _, _), ("None", _, _, _), ("三", _, _, _),
+    ("3\x00", _, _, _), ("portalΨ", _, _, _), ("位置清晨地在仍是", _, _, _),
 ]
 
 
@@ -59,7 +59,7 @@ def test_answers(text, as_class, as_intensity, as_release):
         assert same(parse_answer(text, task), as_intensity)
         assert same(parse_answer(text, task, official=True), as_release)
     replaced = set(text) & set("–一：:/(")                  # in the release, for intensities only
-    assert same(parse_answer(text, CLASSES, official=True), 0.0 if replaced else as_release)
+    assert same(parse_answer(text, CLASSES, official=True), None if replaced else as_release)
 
 
 def test_label_texts_are_read_back():
