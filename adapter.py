@@ -9,8 +9,9 @@
                        projector:          h  = W_3 M~ + b_3,  P_k = w_k h + c_k          (B, P, C)
     the LLM reads      [bos] open  P_1 .. P_P  text  close prompt  ->  label
 
-Where paper and release differ, this follows the release. This file needs torch, numpy and safetensors alone, and
-of an LLM its `embed`, `forward`, `logits` and `generate`, as in model.py.
+Where paper and release differ, the layers follow the release; rows do so with official=True. This file needs
+torch, numpy and safetensors alone, and of an LLM its `embed`, `forward`, `logits`, `generate`, `config` and
+`fingerprint`, as in model.py.
 
 Shapes: B rows, T length of the longest row, La / Lv frames, Da / Dv features of one, C the LLM's width,
 Lt text tokens, P pseudo tokens, n tokens of the longest label, V vocabulary.

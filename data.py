@@ -224,7 +224,8 @@ TAG = {"en": "Multimodal", "zh": "多模态"}
 @dataclass(frozen=True)
 class Family:
     """The words of one family. Special tokens by name."""
-    name: str                       # in PRESETS and PUBLISHED
+    name: str                       # in PRESETS and docs/release.json
+    backbone: str                   # of which the release's figures are
     bos: tuple                      # in front of each row
     official_bos: tuple             # the same in the release
     eos: str
@@ -236,7 +237,8 @@ class Family:
 
 
 _LLAMA = Family(
-    "llama", bos=("<s>",), official_bos=("<s>", "<s>"), eos="</s>", pad="<unk>", lead={"en": "", "zh": ""},
+    "llama", "LLaMA2-7B", bos=("<s>",), official_bos=("<s>", "<s>"), eos="</s>", pad="<unk>",
+    lead={"en": "", "zh": ""},
     # Neither who answers nor a range's sign follows a rule, and MELD's prompt has a run of spaces.
     prompts={
         ("en", "class"): _CLASS_EN + 45 * " " + "target set <{labels}>. Assistant: The emotion is",
@@ -245,11 +247,11 @@ _LLAMA = Family(
         ("zh", "range"): _RANGE_ZH + "[{low:.1f}, {high:.1f}]之间。响应: 情感为",
     })
 _QWEN = Family(
-    "qwen", bos=("<|im_start|>",), official_bos=("<|im_start|>",), eos="<|endoftext|>", pad="<|endoftext|>",
-    lead={"en": "", "zh": ""}, intensity="{:+.1f}",
+    "qwen", "Qwen-1.8B", bos=("<|im_start|>",), official_bos=("<|im_start|>",), eos="<|endoftext|>",
+    pad="<|endoftext|>", lead={"en": "", "zh": ""}, intensity="{:+.1f}",
     prompts=_LLAMA.prompts | {("zh", "range"): _RANGE_ZH + "[{low:.1f}, {high:+.1f}]之间。响应: 情感为"})
 _CHATGLM = Family(
-    "chatglm", bos=("[gMASK]", "sop"), official_bos=("[gMASK]", "sop"), eos="</s>", pad="<unk>",
+    "chatglm", "ChatGLM3-6B", bos=("[gMASK]", "sop"), official_bos=("[gMASK]", "sop"), eos="</s>", pad="<unk>",
     lead={"en": "{question}\n\n ", "zh": "{问题}\n\n "}, reread=True,     # with the braces
     prompts={
         ("en", "class"): _CLASS_EN + " target" + 49 * " " + "set <{labels}>. response: The emotion is",
@@ -296,14 +298,14 @@ PRESETS = {
 
 def preset(task: Task | str, family: str) -> Preset:
     """The release's hyper-parameters; where it has none, MELD's for classes, for an intensity MOSEI's or, in
-    Chinese, SIMS-V2's."""
+    Chinese, SIMS-V2's; for a family with words of its own LLaMA2's."""
     if isinstance(task, str):
         task = TASKS[task]
     words = family_words(family).name
     nearest = "simsv2" if task.language == "zh" else "mosei"
     if task.labels:
         nearest = "meld"
-    return PRESETS.get((task.name, words)) or PRESETS[nearest, words]
+    return PRESETS.get((task.name, words)) or PRESETS.get((nearest, words)) or PRESETS[nearest, "llama"]
 
 
 # --- Rows and batches ---------------------------------------------------------------------------------------

@@ -220,19 +220,20 @@ def summarize(records: list):
     first = records[0]
     rows = TASKS[first["data"]].rows.get("test", first["test_rows"])
     if first["test_rows"] == rows and not first.get("changed"):
-        compare_with_release(scores, recorded(first["family"], first["data"]))
+        backbone = family_words(first["family"]).backbone
+        compare_with_release(scores, recorded(first["family"], first["data"]), backbone)
 
 
-def compare_with_release(scores: dict, published: dict):
-    """Print each figure that the release recorded beside the mean over the seeds here."""
+def compare_with_release(scores: dict, published: dict, backbone: str):
+    """Print each figure that the release recorded with its backbone beside the mean over the seeds here."""
     note = published.pop("note", None)
     for name, (mean, std) in published.items():
         here = scores[name].mean()
         if std is None:
-            print(f"{name}: the release recorded {mean:.4f}; here {here:.4f}")
+            print(f"{name}: the release recorded {mean:.4f} with {backbone}; here {here:.4f}")
         else:
             away = (here - mean) / std
-            print(f"{name}: the release recorded {mean:.4f} +- {std:.4f}; here {here:.4f}, "
+            print(f"{name}: the release recorded {mean:.4f} +- {std:.4f} with {backbone}; here {here:.4f}, "
                   f"{away:+.1f} of its standard deviations")
     if note:
         print(f"note: {note}")

@@ -5,6 +5,7 @@ The backbone is in float64, the adapter in fp32: what is equal is equal to 1e-5 
 import copy
 import json
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -242,11 +243,14 @@ def test_label_logprobs_score_every_legal_label(net):
 
 
 class FourThings(torch.nn.Module):
-    """All that the adapter needs of an LLM, of whatever make: what it is, and four functions."""
+    """All that the adapter needs of an LLM, of whatever make: what it is, in five fields, and four functions."""
 
     def __init__(self, llm):
         super().__init__()
-        self.config, self.hidden = llm.config, [llm]        # in a list: no module of this one
+        c = llm.config
+        self.config = SimpleNamespace(family=c.family, n_layer=c.n_layer, dim=c.dim, vocab_size=c.vocab_size)
+        self.fingerprint = "theirs"
+        self.hidden = [llm]                                 # in a list: no module of this one
         self.embed = llm.embed
 
     def forward(self, x, mask=None, cache=None, recompute=0, last=None):
@@ -259,11 +263,14 @@ class FourThings(torch.nn.Module):
         return self.hidden[0].generate(x, max_new_tokens, mask, eos_id, reread)
 
 
-def test_four_things_of_an_llm_will_do(net):
+def test_four_things_of_an_llm_will_do(net, tmp_path):
     other = make(FourThings(net.llm), net.task.name)
     batch = rows(net.task, range(5))
     assert torch.equal(other.loss(batch), net.loss(batch)) and other.answer(batch) == net.answer(batch)
     assert torch.equal(label_logprobs(other, batch), label_logprobs(net, batch))
+    save_adapter(tmp_path / "a.safetensors", other)
+    again = load_adapter(tmp_path / "a.safetensors", FourThings(net.llm), other.tokenizer, other.task)
+    assert again.answer(batch) == net.answer(batch)
 
 
 def test_what_does_not_fit_together_is_refused(tiny):

@@ -2,6 +2,7 @@
 import copy
 import json
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ import data
 import eval
 import train
 from adapter import AdapterConfig, MultimodalLLM, load_adapter, save_adapter
-from data import TASKS, Split, Task, collate, load_split, load_tokenizer, preset, share_of
+from data import FAMILIES, TASKS, Split, Task, collate, load_split, load_tokenizer, preset, share_of
 from eval import alarms, evaluate, metrics_of, score, score_labels
 from support.files import UserError
 from support.pickles import read_pickle
@@ -99,6 +100,12 @@ def test_qwen3_is_spoken_to_as_qwen():
         assert three._replace(label=None) == two._replace(label=None)
         assert preset(name, "qwen3") == preset(name, "qwen")
     assert TASKS["mosei"].wording("qwen3").label(0.4) == "+0.4"
+
+
+def test_a_family_with_words_of_its_own_trains_as_llama2(monkeypatch):
+    monkeypatch.setitem(FAMILIES, "gemma2", replace(FAMILIES["llama"], name="gemma2", pad="<pad>"))
+    for name in ("meld", "mosi", "sims"):
+        assert preset(name, "gemma2") == preset(name, "llama")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

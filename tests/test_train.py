@@ -594,7 +594,7 @@ def test_the_table_of_seeds(tmp_path, capsys):
     assert lines[0].split() == ["seed", "accuracy", "weighted_f1", "unparsed"] and table["2222"] == [.64, .61, 0]
     assert table["mean"][0] == pytest.approx(.62) and table["std"][0] == pytest.approx(.02)
     assert table["worst"] == [.60, .58, 3]                              # more unparsed is worse
-    assert "the release recorded 0.6218 +- 0.0132; here 0.6200, -0.1 of its" in lines[7]
+    assert "the release recorded 0.6218 +- 0.0132 with Qwen-1.8B; here 0.6200, -0.1 of its" in lines[7]
     for record in records:
         (tmp_path / str(record["seed"])).mkdir()
         (tmp_path / str(record["seed"]) / "results.json").write_text(json.dumps(record))
