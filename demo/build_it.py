@@ -8,8 +8,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-COPIED = ("adapter.py", "data.py", "eval.py", "model.py", "train.py", "pyproject.toml",
-          "demo", "docs", "reports", "support", "tests")
+COPIED = ("*.py", "pyproject.toml", "demo", "docs", "reports", "support", "tests")
 STEPS = {
     "SequenceEncoder.forward": "step 1: the encoder",
     "TextGuideMixer.forward": "step 2: the mixer",
@@ -49,10 +48,9 @@ def build(folder: Path):
     if ROOT in folder.resolve().parents:
         sys.exit(f"error: {folder} lies within the code; name a folder beside it, like ../mine")
     folder.mkdir(parents=True)
-    for name in COPIED:
-        path = ROOT / name
+    for path in [path for pattern in COPIED for path in ROOT.glob(pattern)]:
         if path.is_dir():
-            shutil.copytree(path, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(path, folder / path.name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy(path, folder)
     source = (ROOT / "adapter.py").read_text(encoding="utf-8")

@@ -198,6 +198,7 @@ def take_over():
     for program in (train, eval):
         program.load_llm = load_llm
         program.load_tokenizer = Tokenizer
+    eval.CODE = (*eval.CODE, "demo/with_transformers.py")       # it shapes a run, too
 
 
 def main():

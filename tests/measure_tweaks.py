@@ -20,7 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PATCHES = Path(__file__).resolve().parent / "tweaks"
-CODE = ("model.py", "adapter.py", "data.py", "train.py", "eval.py")
+CODE = [path.name for path in ROOT.glob("*.py")]
 SEEDS = ["1111", "2222", "3333"]
 TWEAKS = {                                      # name: (patch or "", flags)
     "none": ("", []),

@@ -133,6 +133,7 @@ def build_it(folder: Path):
     return subprocess.run([sys.executable, ROOT / "demo" / "build_it.py", folder], capture_output=True, text=True)
 
 
+@pytest.mark.release
 def test_in_a_half_built_copy_what_is_written_is_green_and_the_rest_red(tmp_path):
     folder = tmp_path / "new" / "mine"
     done = build_it(folder)

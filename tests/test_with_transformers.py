@@ -133,7 +133,8 @@ def test_padding_cache_and_recomputation_change_nothing(kind, gemma, tmp_path):
 
 def run_program(monkeypatch, capsys, *arguments) -> str:
     """What the script prints for these arguments. train.py and eval.py are what they were when the test ends."""
-    for program, name in ((train, "Config"), *[(p, f"load_{n}") for p in (train, eval) for n in ("llm", "tokenizer")]):
+    loaders = [(program, f"load_{what}") for program in (train, eval) for what in ("llm", "tokenizer")]
+    for program, name in ((train, "Config"), (eval, "CODE"), *loaders):
         monkeypatch.setattr(program, name, getattr(program, name))
     monkeypatch.setattr(sys, "argv", ["with_transformers.py", *map(str, arguments)])
     wt.main()
@@ -146,7 +147,9 @@ def test_a_run_is_evaluated_to_the_same_line(gemma, data, tmp_path, monkeypatch,
     run_program(monkeypatch, capsys, "train", *short)
     run = tmp_path / "1111"
     line = json.loads((run / "results.json").read_text())["line"]
-    assert json.loads((run / "settings.json").read_text())["llm_sha256"].endswith(" in transformers")
+    settings = json.loads((run / "settings.json").read_text())
+    assert settings["llm_sha256"].endswith(" in transformers")
+    assert "demo/with_transformers.py" in settings["code"]              # an edit of it is noticed
     assert f"): {line}\n" in run_program(monkeypatch, capsys, "eval", run, "--decode", "greedy")
     assert run_program(monkeypatch, capsys, "eval", run, "--check-backbone").startswith("backbone unchanged")
     torch.set_num_threads(threads)
