@@ -671,8 +671,8 @@ def load_run(folder, device=None, llm=None) -> MultimodalLLM:
 
 
 def predict(net: MultimodalLLM, texts: list, audio=None, video=None) -> list[dict]:
-    """What clips are answered by label scoring, a dict each: "label" (a class's name, or the intensity as
-    written), its "probability", and "probabilities" {label: p}; of intensities also "mean" and "std".
+    """What clips are answered by label scoring, a dict each: "label" (a class's name, or an intensity like
+    "+0.4"), its "probability", and "probabilities" {label: p}; of intensities also "mean" and "std".
 
     audio, video: for each text an array (frames, features) like those of training, or None where it is
     missing; None: of all. Raises UserError for other shapes.

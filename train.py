@@ -221,7 +221,7 @@ def train_step(net: MultimodalLLM, optimizer, scaler, batch, recompute: int = 0)
     """One step of AdamW on one batch; returns the mean loss of its rows, on the device."""
     optimizer.zero_grad()
     loss = net.loss(batch, recompute)       # through the frozen LLM, which gets no gradients of its own
-    if loss.device.type == "cpu":           # on a GPU each look would make the step wait: train_epoch looks
+    if loss.device.type == "cpu":           # a GPU would be waited for before backward: train_epoch looks
         check_finite(loss.detach(), net)
     scaler.scale(loss).backward()           # the scaler acts for a float16 backbone only
     scaler.step(optimizer)
@@ -333,7 +333,7 @@ def train_epoch(run: "Run", train: Split, recompute: int):
                 run.save()
         if run.step == 1:
             run.check_gradients()
-        # Now and then the GPU is waited for.
+        # Now and then the losses are looked at, for which a GPU is waited for.
         if run.step % 20 == 0 or run.step == steps:
             check_finite(run.losses.sum(), run.net)
             loss = float(run.losses.mean())

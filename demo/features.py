@@ -10,7 +10,8 @@ pictures counts as one without video. Pickles lie beside the csv, arrays beside 
 
 A clip that cannot be used does not hold up the others: the pickles are written without it, and the command
 ends with each such clip and its reason, and exit code 1. The pickles can be used as they are. Once the clips
-are mended, the same command makes all of it anew, the scale too.
+are mended, the same command makes all of it anew, the scale too. If no clip of a split can be used, nothing is
+written.
 
 audio   (La, 25), 20 frames a second: openSMILE's eGeMAPSv02 low-level descriptors, one each 10 ms, averaged
         over 50 ms. In order: loudness, alpha ratio, Hammarberg index, slopes 0-500 and 500-1500 Hz, spectral
@@ -222,10 +223,10 @@ def write_dataset(path: Path, scale_file: Path):
     used, bad = analyse(rows, path.parent)
     for line in bad:
         print(line, file=sys.stderr)
-    train = [clip for row, clip in used if row["split"] == "train"]
-    if not train:
-        raise UserError(f"{path}: no clip of split train can be used; nothing is written")
-    scale = measure(train)
+    for split in SPLITS:
+        if all(row["split"] != split for row, _ in used):
+            raise UserError(f"{path}: no clip of split {split} can be used; nothing is written")
+    scale = measure([clip for row, clip in used if row["split"] == "train"])
     write_atomic(scale_file, json.dumps(scale).encode())
     for split in SPLITS:
         entries = []
