@@ -84,7 +84,13 @@ def test_tweak(tweaked, data, plain_loss, tmp_path):
     run = tmp_path / "out" / "1111"
     assert json.loads((run / "log.jsonl").read_text())["loss"] != plain_loss
     net, split, labels = check_parts(code, run, data)
-    if name == "label-head":            # elsewhere the label's first token, a space, counts in the loss
+    alone = flags(data, tmp_path / "alone", "--prompt-alone")
+    if name != "label-head":
+        code["train"].main(alone)       # what a patch asks of an adapter, NoTokens has
+    else:
+        with pytest.raises(ValueError, match="nothing has trained the head"):
+            code["train"].main(alone)
+        # Elsewhere the label's first token, a space, counts in the loss.
         right = torch.tensor(labels.probabilities)[range(12), split.label]
         loss = net.loss(code["data"].collate(split, range(12)))
         assert loss.item() == pytest.approx(-right.log().mean().item(), rel=1e-5)
