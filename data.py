@@ -112,7 +112,7 @@ class Task:
         marks = self.marks()
         step = marks[1] - marks[0]
         steps = np.array(x) / step                      # from 0
-        steps = steps.round(6).round()                  # 0.3 / 0.2 is 1.5 once, and then 2
+        steps = steps.round(6).round()                  # 0.3 / 0.2 comes out a little below 1.5
         first = round(marks[0] / step)
         return (steps - first).clip(0, len(marks) - 1)
 
