@@ -59,6 +59,9 @@ def few_draws(monkeypatch):
 def own_signals():
     """What a test makes of signals ends with it: a later one's Ctrl-C would else kill all tests."""
     before = {number: signal.getsignal(number) for number in guards.SIGNALS}
+    for number, handler in before.items():
+        if handler is signal.SIG_IGN:           # under nohup, say; what a test starts would inherit it
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
