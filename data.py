@@ -3,7 +3,8 @@
     python data.py meld --data-dir DIR      check a data set: what it holds, and what is wrong with which row
     python data.py meld --download          fetch it first (needs huggingface_hub)
 
-Exit code 0: clean, 1: problems, 2: could not be read. A data set of your own is one more Task in TASKS.
+Exit code 0: clean (there need not be a valid split), 1: problems, 2: could not be read. A data set of your
+own is one more Task in TASKS.
 
 Shapes: N rows of a split, B of a batch, La / Lv frames, Da / Dv features of a frame.
 """
@@ -124,7 +125,7 @@ class Task:
         low, high = self.range
         slack = 1e-6 * max(abs(low), abs(high))         # files hold float32, whose 0.8 is above ours
         if isinstance(label, (int, float)) and low - slack <= label <= high + slack:
-            return float(label)
+            return float(min(max(low, label), high))
         return None
 
     def values(self) -> list:
@@ -305,7 +306,10 @@ def preset(task: Task | str, family: str) -> Preset:
     nearest = "simsv2" if task.language == "zh" else "mosei"
     if task.labels:
         nearest = "meld"
-    return PRESETS.get((task.name, words)) or PRESETS.get((nearest, words)) or PRESETS[nearest, "llama"]
+    for pair in ((task.name, words), (nearest, words), (task.name, "llama")):
+        if pair in PRESETS:
+            return PRESETS[pair]
+    return PRESETS[nearest, "llama"]
 
 
 # --- Rows and batches ---------------------------------------------------------------------------------------

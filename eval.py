@@ -319,7 +319,7 @@ class Result:
 
 def score(answers: list, true: list, task: Task, official: bool = False) -> Result:
     """Parse and score. A class answer that did not parse or is no class is wrong. An intensity that did not
-    parse is taken for 0; what is out of range, and be it this 0, is taken for the range's end. official: each
+    parse is taken for 0; what is out of range, this 0 included, is taken for the range's end. official: each
     number as it reads, or 0."""
     values = [parse_answer(text, task, official) for text in answers]
     parsed = [value is not None for value in values]
@@ -499,7 +499,7 @@ def unparsed_note(result: Result) -> str:
     n = len(result.true)
     if task.labels or result.unparsed <= 0.02 * n:
         return ""
-    zero = np.clip(0, *task.range)
+    zero = result.pred[result.parsed.index(False)]
     note = f"{result.unparsed} of {n} answers ({result.unparsed / n:.1%}) do not parse and count as {zero:g}"
     if result.unparsed == n:
         return note

@@ -18,6 +18,7 @@ import math
 import sys
 import textwrap
 import time
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -258,7 +259,7 @@ def plan_recompute(net: MultimodalLLM, train: Split, settings: Settings) -> int:
     # What is kept for backward by a block that recomputes, its input alone, and by one that does not.
     least = x.nbytes / GIB
     most = x[..., 0].nbytes / GIB * kept_by_block(net.llm.config)
-    blocks = min(settings.recompute or 0, layers - 1)
+    blocks = min(max(0, settings.recompute or 0), layers - 1)
     if settings.recompute is None and x.is_cuda:
         torch.cuda.empty_cache()        # what an earlier seed let go is free, too
         free, _ = torch.cuda.mem_get_info(x.device)
@@ -581,15 +582,18 @@ def discard(runs: dict):
     what it wrote stays: a job that was ended and is begun again has the same command line, --overwrite
     included."""
     own = [folder for folder, identity in runs.items() if overwritten(folder, identity)]
-    unfinished = [folder for folder in own if not (folder / "results.json").is_file()]
-    if unfinished:
-        print(f"{unfinished[0]}: going on with what this command began; delete the folder to start anew")
-    for folder in runs:
-        if unfinished and folder in own:
-            continue
-        with locked(folder):
-            for file in [*states(folder), *(folder / name for name in WRITTEN)]:
-                file.unlink(missing_ok=True)
+    unfinished = [folder for folder in runs if not (folder / "results.json").is_file()]
+    if own and unfinished:
+        print(f"{unfinished[0]}: going on with what this command began; delete {own[0]} to begin it anew")
+    else:
+        own = []
+    with ExitStack() as locks:              # all or none
+        for folder in runs:
+            locks.enter_context(locked(folder))
+        for folder in runs:
+            if folder not in own:
+                for file in [*states(folder), *(folder / name for name in WRITTEN)]:
+                    file.unlink(missing_ok=True)
 
 
 def overwritten(folder: Path, identity: dict) -> bool:
@@ -602,7 +606,8 @@ def overwritten(folder: Path, identity: dict) -> bool:
     except UserError:
         return False                        # damaged: what is discarded need not be whole
     other = difference(before, identity) or edited(before, identity["code"])
-    return before.get("overwrite") is True and not other
+    same_seeds = before.get("seeds") == identity["seeds"]
+    return before.get("overwrite") is True and same_seeds and not other
 
 
 def training_rows(settings: Settings, splits: dict, seed: int):
@@ -626,7 +631,8 @@ def train_run(settings: Settings, identity: dict, llm, tokenizer, splits: dict) 
     by_other_code = check_same_run(folder, identity)
     if results.is_file():
         record = read_record(results)
-        print(printable(f"seed {seed}: finished before{by_other_code}, left alone (--overwrite discards it); "
+        advice = "" if settings.overwrite else " (--overwrite discards it)"
+        print(printable(f"seed {seed}: finished before{by_other_code}, left alone{advice}; "
                         f"test {record['line']}"))
     else:
         # What cannot be trained is refused by Run, before anything is written.

@@ -48,11 +48,12 @@ def build(folder: Path):
     if ROOT in folder.resolve().parents:
         sys.exit(f"error: {folder} lies within the code; name a folder beside it, like ../mine")
     folder.mkdir(parents=True)
-    for path in [path for pattern in COPIED for path in ROOT.glob(pattern)]:
-        if path.is_dir():
-            shutil.copytree(path, folder / path.name, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            shutil.copy(path, folder)
+    for pattern in COPIED:
+        for path in ROOT.glob(pattern):
+            if path.is_dir():
+                shutil.copytree(path, folder / path.name, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(path, folder)
     source = (ROOT / "adapter.py").read_text(encoding="utf-8")
     (folder / "adapter.py").write_text(strip(source, STEPS), encoding="utf-8")
 

@@ -80,7 +80,7 @@ class Sizes:
 
 
 class TransformersLLM(nn.Module):
-    """A frozen model of transformers with the four things that adapter.py wants of an LLM.
+    """A frozen model of transformers with all that adapter.py wants of an LLM.
 
     Its "hidden states" are the scores of the next token already: what a family does between its last state
     and its scores, such as Gemma's soft cap, is its own affair.

@@ -247,7 +247,8 @@ def test_a_table_without_a_valid_split_is_checked(tmp_path, capsys):
 
 def test_a_label_on_the_ends_of_a_range_may_be_a_float32():
     task = Task("own", range=(-0.8, 0.8))
-    assert task.number(float(np.float32(0.8))) == pytest.approx(0.8) and task.number(0.801) is None
+    assert [task.number(sign * float(np.float32(0.8))) for sign in (-1, 1)] == [-0.8, 0.8]
+    assert task.number(0.801) is None and task.number(-0.5) == -0.5
 
 
 def test_of_two_marks_equally_near_the_even_one():

@@ -101,12 +101,21 @@ def test_overwrite_typed_again_goes_on(data, finished, tmp_path, monkeypatch, ca
     train.main(words)                           # as a cluster begins an ended job again
     said = capsys.readouterr().out
     assert "1111: going on with what this command began" in said and "continuing after epoch 0, step 4" in said
-    assert "seed 7: finished before, left alone" in said
+    assert "seed 7: finished before, left alone; test" in said
     assert (essence(tmp_path, 7), essence(tmp_path)) == (first, essence(finished))
-    monkeypatch.setattr(train, "train_run", lambda *_: None)
-    train.main(flags(data, tmp_path, "--seeds", "7", "--overwrite"))        # a finished run is what --overwrite is for
-    assert not (tmp_path / "7" / "results.json").is_file()
-    assert (tmp_path / "1111" / "results.json").is_file()
+    done = [tmp_path / seed / "results.json" for seed in ("7", "1111")]
+    (tmp_path / "1111").rename(tmp_path / "away")
+    monkeypatch.setattr(train, "train_run", lambda *_: {})
+    monkeypatch.setattr(train, "summarize", lambda _: None)
+    train.main(words)                           # ended between the two
+    assert done[0].is_file() and "1111: going on with what this command began" in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "1111")
+    (tmp_path / "away").rename(tmp_path / "1111")
+    with guards.locked(tmp_path / "1111"), pytest.raises(UserError, match="another process trains here"):
+        train.main(words)
+    assert all(file.is_file() for file in done)             # all or none
+    train.main(flags(data, tmp_path, "--seeds", "7", "--overwrite"))        # another command
+    assert [file.is_file() for file in done] == [False, True]
 
 
 def test_overwrite_discards_what_another_command_wrote(data, begun, capsys):

@@ -142,8 +142,9 @@ def test_memory_plan(net, capsys):
     net, split = net
     settings = train.resolve(train.Settings(device="cpu"), "llama")
     assert train.plan_recompute(net, split, settings) == 0
-    settings.recompute = 99
-    assert train.plan_recompute(net, split, settings) == net.llm.config.n_layer - 1
+    for asked, planned in ((-1, 0), (1, 1), (99, net.llm.config.n_layer - 1)):
+        settings.recompute = asked
+        assert train.plan_recompute(net, split, settings) == planned
     assert "2 of 3 blocks recompute" in capsys.readouterr().out
 
 
