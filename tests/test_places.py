@@ -114,7 +114,7 @@ def test_overwrite_typed_again_goes_on(data, finished, tmp_path, monkeypatch, ca
     with guards.locked(tmp_path / "1111"), pytest.raises(UserError, match="another process trains here"):
         train.main(words)
     assert all(file.is_file() for file in done)             # all or none
-    train.main(flags(data, tmp_path, "--seeds", "7", "--overwrite"))        # another command
+    train.main(flags(data, tmp_path, "--seeds", "7", "2222", "--overwrite"))            # another command
     assert [file.is_file() for file in done] == [False, True]
 
 
