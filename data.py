@@ -252,8 +252,8 @@ _QWEN = Family(
     pad="<|endoftext|>", lead={"en": "", "zh": ""}, intensity="{:+.1f}",
     prompts=_LLAMA.prompts | {("zh", "range"): _RANGE_ZH + "[{low:.1f}, {high:+.1f}]之间。响应: 情感为"})
 _CHATGLM = Family(
-    "chatglm", "ChatGLM3-6B", bos=("[gMASK]", "sop"), official_bos=("[gMASK]", "sop"), eos="</s>", pad="<unk>",
-    lead={"en": "{question}\n\n ", "zh": "{问题}\n\n "}, reread=True,     # with the braces
+    "chatglm", "ChatGLM3-6B", bos=("[gMASK]", "sop"), official_bos=("[gMASK]", "sop"), eos="</s>",
+    pad="<unk>", lead={"en": "{question}\n\n ", "zh": "{问题}\n\n "}, reread=True,     # with the braces
     prompts={
         ("en", "class"): _CLASS_EN + " target" + 49 * " " + "set <{labels}>. response: The emotion is",
         ("zh", "class"): _CLASS_ZH + "响应: 情绪为",
@@ -428,11 +428,13 @@ REQUIRED = ("text", *FEATURES, "label")
 ROW_OF_FILES = '{"label": y, "features": {"text": x, "audio": np.load(A), "video": np.load(V)}}'
 
 
-class NoValid(DataError):
-    """The valid split is not there. Training can do without."""
+class NoSplit(DataError):
+    """A split is not there. Training can do without the valid one."""
 
-    def __init__(self, problem: str):
-        super().__init__(f"{problem}; or take validation rows from the training rows: train.py --valid-share 0.1")
+    def __init__(self, split: str, problem: str):
+        if split == "valid":
+            problem += "; or take validation rows from the training rows: train.py --valid-share 0.1"
+        super().__init__(problem)
 
 
 def load_split(task: Task, data_dir, split: str, fetch: bool = False) -> Split:
@@ -468,10 +470,8 @@ def read_split(task: Task, file: Path, split: str) -> Split:
     if isinstance(raw, dict) and split in raw:
         raw = raw[split]
     elif len(set(task.files.values())) == 1:
-        problem = f"{file}, {split}: not there; expected a dict of train, valid, test in this one file"
-        if split == "valid":
-            raise NoValid(problem)
-        raise DataError(problem)
+        raise NoSplit(split, f"{file}, {split}: not there; expected a dict of train, valid, test in this one "
+                             "file")
     names = dict(COLUMNS)
     if task.labels:
         names["label"] = "labels"
@@ -566,10 +566,8 @@ def find_data(task: Task, data_dir, split: str, fetch: bool = False) -> Path:
     if arrays > 0:
         listed += f", but {arrays} .npy"
         advice = f"{name} is to be a pickled list of rows made of them, {ROW_OF_FILES}; {advice}"
-    problem = f"{data_dir}: {name} was not found in or below this folder, where there is {listed}; {advice}"
-    if split == "valid":
-        raise NoValid(problem)
-    raise DataError(problem)
+    raise NoSplit(split, f"{data_dir}: {name} was not found in or below this folder, where there is "
+                         f"{listed}; {advice}")
 
 
 def candidates(task: Task, root: Path, split: str) -> list:
@@ -621,15 +619,17 @@ def main(argv=None) -> int:
     data_dir = args.data_dir or HERE / task.home
     try:
         check_task(task)
+        tokenizer = load_tokenizer(find_llm(args.llm)) if args.llm else None
         files = {}
         splits = {}
         for split in SPLITS:
             try:
                 files[split] = find_data(task, data_dir, split, args.download)
                 splits[split] = read_split(task, files[split], split)
-            except NoValid as error:
+            except NoSplit as error:
+                if split != "valid":
+                    raise
                 print(printable(f"no valid split: {error}"))
-        tokenizer = load_tokenizer(find_llm(args.llm)) if args.llm else None
         n = check(task, files, splits, tokenizer)
     except (UserError, OSError) as error:
         print(printable(f"error: {error}"), file=sys.stderr)

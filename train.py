@@ -259,12 +259,12 @@ def plan_recompute(net: MultimodalLLM, train: Split, settings: Settings) -> int:
     # What is kept for backward by a block that recomputes, its input alone, and by one that does not.
     least = x.nbytes / GIB
     most = x[..., 0].nbytes / GIB * kept_by_block(net.llm.config)
-    blocks = min(max(0, settings.recompute or 0), layers - 1)
-    if settings.recompute is None and x.is_cuda:
+    room = math.inf                     # a GPU's memory is counted, no other's
+    if x.is_cuda:
         torch.cuda.empty_cache()        # what an earlier seed let go is free, too
         free, _ = torch.cuda.mem_get_info(x.device)
-        # A fifth is left for the head and the adapter.
-        blocks = blocks_to_recompute(layers, least, most, 0.8 * free / GIB)
+        room = 0.8 * free / GIB         # a fifth is left for the head and the adapter
+    blocks = blocks_to_recompute(settings.recompute, layers, least, most, room)
     weights = sum(p.nbytes for p in net.llm.parameters()) / GIB
     print(f"memory: weights {weights:.2f} GiB, activations {layers * most:.2f} GiB without and "
           f"{(layers - 1) * least + most:.2f} GiB with recomputation: {blocks} of {layers} blocks recompute",
@@ -272,12 +272,16 @@ def plan_recompute(net: MultimodalLLM, train: Split, settings: Settings) -> int:
     return blocks
 
 
-def blocks_to_recompute(layers: int, least: float, most: float, room: float) -> int:
-    """How many of the blocks must keep `least`, where the others keep `most`, for all to fit into `room`.
+def blocks_to_recompute(asked: int | None, layers: int, least: float, most: float, room: float) -> int:
+    """How many blocks keep `least`, where the others keep `most`: as many as `asked`, or, where it is None,
+    as must for all to fit into `room`.
 
     The last block never does: backward begins with it, so nothing would be saved.
     """
-    blocks = math.ceil((layers * most - room) / (most - least))
+    blocks = asked
+    if asked is None:
+        excess = max(0, layers * most - room)
+        blocks = math.ceil(excess / (most - least))
     return min(max(0, blocks), layers - 1)
 
 

@@ -37,9 +37,9 @@ def fingerprints(llm, tokenizer, task: Task) -> list:
 
 
 def check_backbone(net: MultimodalLLM, fresh: list, batch, row) -> str:
-    """Answer a batch, take a training step on a batch of one row, which needs little memory, then compare the
-    backbone bit by bit with `fresh`, the fingerprints of a copy that never saw an adapter. Raises UserError if
-    they differ.
+    """Answer a batch, take a training step on a batch of one row, which needs little memory, then compare
+    the backbone bit by bit with `fresh`, the fingerprints of a copy that never saw an adapter. Raises
+    UserError if they differ.
 
     The step is taken with a copy of the adapter: the net stays as it was.
     """

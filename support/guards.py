@@ -52,8 +52,8 @@ def failed_device(error: Exception) -> bool:
 
 def device_advice(error: Exception) -> str:
     what = brief(error)[:200] or type(error).__name__
-    return (f"the device failed ({what}); where memory ran out, take a smaller --eval-batch, and to train let "
-            "more blocks recompute (--recompute 99) or take a smaller --batch-size")
+    return (f"the device failed ({what}); where memory ran out, take a smaller --eval-batch, and to train "
+            "let more blocks recompute (--recompute 99) or take a smaller --batch-size")
 
 
 def check_device(name: str):

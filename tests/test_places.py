@@ -106,7 +106,8 @@ def test_overwrite_typed_again_goes_on(data, finished, tmp_path, monkeypatch, ca
     done = [tmp_path / seed / "results.json" for seed in ("7", "1111")]
     (tmp_path / "1111").rename(tmp_path / "away")
     monkeypatch.setattr(train, "train_run", lambda *_: {})
-    monkeypatch.setattr(train, "summarize", lambda _: None)
+    for name in ("summarize", "write_table"):
+        monkeypatch.setattr(train, name, lambda _: None)
     train.main(words)                           # ended between the two
     assert done[0].is_file() and "1111: going on with what this command began" in capsys.readouterr().out
     shutil.rmtree(tmp_path / "1111")
@@ -114,8 +115,13 @@ def test_overwrite_typed_again_goes_on(data, finished, tmp_path, monkeypatch, ca
     with guards.locked(tmp_path / "1111"), pytest.raises(UserError, match="another process trains here"):
         train.main(words)
     assert all(file.is_file() for file in done)             # all or none
+    kept = shutil.copytree(tmp_path / "7", tmp_path / "kept")
     train.main(flags(data, tmp_path, "--seeds", "7", "2222", "--overwrite"))            # another command
     assert [file.is_file() for file in done] == [False, True]
+    shutil.rmtree(tmp_path / "7")
+    kept.rename(tmp_path / "7")
+    train.main(words)                           # finished runs are what --overwrite is for
+    assert [file.is_file() for file in done] == [False, False]
 
 
 def test_overwrite_discards_what_another_command_wrote(data, begun, capsys):

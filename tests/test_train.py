@@ -151,7 +151,7 @@ def test_memory_plan(net, capsys):
 @pytest.mark.parametrize("room, blocks", [(40, 0), (39.9, 1), (37, 1), (36.9, 2), (13, 9), (1, 9)])
 def test_as_few_blocks_recompute_as_room_allows(room, blocks):
     """Of 10 blocks, of which one keeps 4 GiB, or 1 if it recomputes."""
-    assert train.blocks_to_recompute(10, 1.0, 4.0, room) == blocks
+    assert train.blocks_to_recompute(None, 10, 1.0, 4.0, room) == blocks
 
 
 def test_a_loss_that_is_not_finite_names_the_tensor(net):
