@@ -24,7 +24,7 @@ CODE = [path.name for path in ROOT.glob("*.py")]
 SEEDS = ["1111", "2222", "3333"]
 TWEAKS = {                                      # name: (patch or "", flags)
     "none": ("", []),
-    "--official": ("", ["--official"]),         # no tweak: what the release's rows are worth here
+    "as the release": ("", ["--official"]),     # no tweak: what the release's rows are worth here
     "no Text-Guide-Mixer": ("", ["--no-mixer"]),
     "no Multi-Scale-Fusion": ("", ["--no-fusion"]),
     "one pseudo token": ("", ["--pseudo-tokens", "1"]),

@@ -165,7 +165,7 @@ def test_published_figures():
 @pytest.mark.parametrize("page", ["docs/worth.md", "docs/forking.md"])
 def test_every_tweak_is_on_the_page(page):
     named = re.findall(r"^\| ([^|]*) \|", PAGES[page], re.MULTILINE)
-    assert set(TWEAKS) - {"none", "--official"} <= set(named)
+    assert set(TWEAKS) - {"none", "as the release"} <= set(named)
 
 
 def test_every_patch_is_on_the_page():
