@@ -280,9 +280,8 @@ def blocks_to_recompute(asked: int | None, layers: int, least: float, most: floa
     """
     blocks = asked
     if asked is None:
-        excess = max(0, layers * most - room)
-        blocks = math.ceil(excess / (most - least))
-    return min(max(0, blocks), layers - 1)
+        blocks = (layers * most - room) / (most - least)        # below 0 where there is room to spare
+    return math.ceil(min(max(0, blocks), layers - 1))
 
 
 # --- The loop -----------------------------------------------------------------------------------------------
